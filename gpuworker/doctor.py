@@ -103,7 +103,7 @@ def _engines() -> list[Finding]:
         lacking = engine.missing()
         findings += [
             Finding(what=what, outcome="missing", words=f"needs {lack.what}", install=lack.install) for lack in lacking
-        ] or [Finding(what=what, outcome="ok", words=_told(engine))]
+        ] or [Finding(what=what, outcome="ok", words=_summary(engine))]
     return findings
 
 
@@ -128,10 +128,10 @@ def _engine(name: str, arguments: list[str], slots: int | None) -> list[Finding]
         outlook = engine.outlook(options, slots)
     except EngineError as fault:
         return [Finding(what=what, outcome="failed", words=str(fault))]
-    return [Finding(what=what, outcome="ok", words=_told(engine, outlook))]
+    return [Finding(what=what, outcome="ok", words=_summary(engine, outlook))]
 
 
-def _told(engine: type[Engine], outlook: str = "") -> str:
+def _summary(engine: type[Engine], outlook: str = "") -> str:
     live = f"live inputs: {', '.join(engine.LIVE_INPUTS)}" if engine.LIVE_INPUTS else ""
     return "; ".join(filter(None, (engine.SUMMARY, live, outlook)))
 

@@ -76,7 +76,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        told = {
+        fields = {
             "timestamp": at.isoformat().replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -86,5 +86,5 @@ class JsonFormatter(logging.Formatter):
             "lineno": record.lineno,
         }
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return redacted(json.dumps(told))
+            fields["exception"] = self.formatException(record.exc_info)
+        return redacted(json.dumps(fields))

@@ -86,9 +86,9 @@ def messages_of(params: Mapping[str, Value], inputs: Mapping[str, EngineInput]) 
     messages = [Message(message["role"], message["content"]) for message in given or ()]
     instructions = str(params.get("instructions") or "")
     at = next((at for at, message in enumerate(messages) if message.role != "system"), len(messages))
-    told = [text for text in (instructions, *(message.content for message in messages[:at])) if text.strip()]
+    texts = [text for text in (instructions, *(message.content for message in messages[:at])) if text.strip()]
     # Together in one message: the templates of many models take no second one.
-    return ([Message("system", "\n\n".join(told))] if told else []) + messages[at:]
+    return ([Message("system", "\n\n".join(texts))] if texts else []) + messages[at:]
 
 
 def _checked(data: bytes) -> list[dict[str, str]]:

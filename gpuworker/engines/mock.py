@@ -62,7 +62,7 @@ from gpuworker.engines.base import (
     ProgressChunk,
     VideoChunk,
 )
-from gpuworker.hearing.hearing import Recognize, Segment, capabilities, hear
+from gpuworker.hearing.hearing import Recognize, Segment, capabilities, transcribe
 from gpuworker.hearing.utterances import Utterance, loudness
 from protocol.wire.ivf import PTS_HZ
 from protocol.wire.structs import AudioFormat, InputRule, VideoFormat
@@ -190,7 +190,7 @@ class MockEngine(Engine):
     @property
     def capabilities(self) -> Capabilities:
         """Audio at the option's rate; by default reproducible by any mock that cuts it equally."""
-        if self._hears:
+        if self._is_transcriber:
             return capabilities(decodes=False, reproducible=True, fingerprint=str(self.options["transcripts"])[:200])
         cut = f"chunks of {self.options['chunk_ms']} ms"
         return Capabilities(
@@ -215,7 +215,7 @@ class MockEngine(Engine):
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
         """The format of the tune; None for another `output`."""
-        return self._format if not self._hears and params.get("output", "audio") == "audio" else None
+        return self._format if not self._is_transcriber and params.get("output", "audio") == "audio" else None
 
     def video_for(self, params: dict[str, Value]) -> VideoFormat | None:
         """The format of the pictures of `output: video`."""
@@ -225,7 +225,7 @@ class MockEngine(Engine):
         return VideoFormat(width=16, height=16, fps=max(1.0, fps))
 
     @property
-    def _hears(self) -> bool:
+    def _is_transcriber(self) -> bool:
         return self.options["transcripts"] is not None
 
     def _transcribe(self) -> Recognize:
@@ -243,8 +243,8 @@ class MockEngine(Engine):
 
     def generate(self, params: dict[str, Value], inputs: Mapping[str, EngineInput | LiveInput]) -> Iterator[Chunk]:
         """Yield what came as inputs, then the tune, or the words, at the requested pace."""
-        if self._hears:
-            yield from hear(self._transcribe(), lambda _rate: loudness, params, inputs, cancelled=self.cancelled)
+        if self._is_transcriber:
+            yield from transcribe(self._transcribe(), lambda _rate: loudness, params, inputs, cancelled=self.cancelled)
             return
         if inputs:
             yield OutputChunk({name: _described(each) for name, each in inputs.items()})

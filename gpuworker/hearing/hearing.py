@@ -1,4 +1,4 @@
-"""What the engines of hearing spaces have in common: their params, their input, and how what they hear is told. Pure.
+"""What the engines of hearing spaces have in common: their params, their input, and the outputs they make of it. Pure.
 
 A hearing space is one that takes a live input `audio`, and whose params have `turn_detection`. What it puts out are
 strings, the transcript as it is recognized, and objects between them: when speech began and ended, and when each piece
@@ -105,7 +105,7 @@ def capabilities(*, decodes: bool, reproducible: bool = False, fingerprint: str 
     )
 
 
-def hear(
+def transcribe(
     recognize: Recognize,
     detector: Callable[[int], Detector],
     params: Mapping[str, Value],
@@ -126,13 +126,13 @@ def hear(
     Raises:
         EngineError: the sound cannot be read, or not be recognized.
     """
-    told = _Told(recognize, params)
+    output = _Output(recognize, params)
     utterances: Utterances | None = None
     whole, rate = bytearray(), 0
     for sound in read_sound(inputs[AUDIO], decode):
         if cancelled():
             return
-        told.heard_s += len(sound.pcm) / 2 / sound.sample_rate
+        output.heard_s += len(sound.pcm) / 2 / sound.sample_rate
         rate = sound.sample_rate
         if params.get("turn_detection") == NONE:
             whole += sound.pcm
@@ -146,15 +146,15 @@ def hear(
                 prefix_ms=params.get("prefix_ms", 300),
             )
         for event in utterances.add(sound.pcm):
-            yield from told.chunks(event)
+            yield from output.chunks(event)
     for event in () if utterances is None else utterances.finish():
-        yield from told.chunks(event)
+        yield from output.chunks(event)
     if whole:
-        yield from told.chunks(Utterance(bytes(whole), rate, 0))
-    yield told.ending()
+        yield from output.chunks(Utterance(bytes(whole), rate, 0))
+    yield output.ending()
 
 
-class _Told:
+class _Output:
     """Makes chunks of what is heard.
 
     Attributes:

@@ -354,14 +354,14 @@ class ProcessSlot(Slot):
         child, grace_s = self.host.child, self.host.cancel_grace_s
         if child is None:
             return
-        told = False
+        is_sent = False
         with trio.move_on_after(grace_s):
             await child.send({"do": "cancel", "slot": self._place, "run": self._runs})
-            told = True
+            is_sent = True
             await trio.sleep_forever()
         if run.end is not None:
             return  # it ended in the very last moment
-        if told and self.host.abandon(self, asked_at):  # half a message would mix with the next one
+        if is_sent and self.host.abandon(self, asked_at):  # half a message would mix with the next one
             log.warning("%s: did not stop within %g s of a cancel; out of service until it does", self.name, grace_s)
             run.finish(RunResult(outcome="cancelled"))
         else:

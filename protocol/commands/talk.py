@@ -211,8 +211,8 @@ class Repl:
         while True:
             try:
                 for kind, data in self.api.events(f"/v1/talks/{self.talk}/say", body):
-                    if (told := self._on_event(kind, data, writer)) is not None:
-                        return told
+                    if (has_ended := self._on_event(kind, data, writer)) is not None:
+                        return has_ended
                 fault: Exception = HTTPException("the reply was cut off")
             except (OSError, HTTPException, Retry) as lost:
                 fault = lost

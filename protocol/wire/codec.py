@@ -244,5 +244,5 @@ def _unsendable(wire: Mapping[str, Value], why: str, size: int = 0) -> EncodeErr
         if size > MAX_MESSAGE_BYTES:
             limit, advice = MAX_MESSAGE_BYTES, "send it in pieces"
         fields = {where: f"has {most} bytes, and for all values together the limit is {limit}: {advice}"}
-    told = "; ".join(f"{where} {words}" for where, words in fields.items()) or why
-    return EncodeError(f"{wire.get('type')}: {told}", fields)
+    what = "; ".join(f"{where} {words}" for where, words in fields.items()) or why
+    return EncodeError(f"{wire.get('type')}: {what}", fields)

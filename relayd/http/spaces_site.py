@@ -65,8 +65,8 @@ async def submit(http: HttpRequest) -> Response:
         async with open_submission(http, order, inputs, keep=True) as held:
             await wait_safe(http, held.request)
             place = held.place()
-            told = {"success": True, "request_id": order.request_id, "status": _state(held.request)}
-            return JSONResponse(told | {"queue_size": place.of if place else 0})
+            answer = {"success": True, "request_id": order.request_id, "status": _state(held.request)}
+            return JSONResponse(answer | {"queue_size": place.of if place else 0})
 
 
 def _params(space: Space, fields: dict[str, Value]) -> dict[str, Value]:

@@ -160,8 +160,8 @@ def _plain_line(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
     at = datetime.datetime.fromisoformat(event.pop("timestamp")).astimezone()
     what, level, logger = event.pop("event"), event.pop("level").upper(), event.pop("logger")
     traces = [event.pop(name) for name in ("exception", "stack") if name in event]
-    told = ", ".join(f"{key}={value}" for key, value in event.items())
-    line = f"{at:%Y-%m-%d %H:%M:%S},{at.microsecond // 1000:03} - {logger} - {level} - {what} {told}".rstrip()
+    fields = ", ".join(f"{key}={value}" for key, value in event.items())
+    line = f"{at:%Y-%m-%d %H:%M:%S},{at.microsecond // 1000:03} - {logger} - {level} - {what} {fields}".rstrip()
     return "\n".join([printable(line), *(f"  | {printable(each)}" for trace in traces for each in trace.split("\n"))])
 
 

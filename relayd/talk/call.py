@@ -73,7 +73,7 @@ class Call:
     ended: trio.Event = attrs.field(factory=trio.Event)
     #: Request that was cut off -> samples of it that were played; of the last ones.
     stopped: dict[str, int] = attrs.field(factory=dict)
-    _told: trio.Event = attrs.field(factory=trio.Event)
+    _stop_noted: trio.Event = attrs.field(factory=trio.Event)
     _answered: trio.Event = attrs.field(factory=trio.Event)
     _changed: trio.Event = attrs.field(factory=trio.Event)
     _line: Line = attrs.field(init=False)
@@ -120,7 +120,7 @@ class Call:
         """Return how much was played of what was cut off; None if nobody says so."""
         with trio.move_on_after(STOPPED_S):
             while play not in self.stopped and not self.ended.is_set():
-                await self._told.wait()
+                await self._stop_noted.wait()
         return self.stopped.get(play)
 
     def command(self, **command: Any) -> None:
@@ -156,7 +156,7 @@ class Call:
 
     # -- its course
 
-    def take_up(self, request: Request) -> None:
+    def resume(self, request: Request) -> None:
         """Go on with a request that is there since before the relay was restarted."""
         self._line.open(request)
         self._waiting += b"\n"  # a command may have been cut
@@ -176,7 +176,7 @@ class Call:
             self._line.release(trio.current_time())
             self._answered.set()
             self.ended.set()
-            self._told.set()
+            self._stop_noted.set()
             self._changed.set()
 
     async def _set_up(self) -> None:
@@ -208,7 +208,7 @@ class Call:
         return request.entry.state is State.UPLOADING
 
     async def _follow(self, is_enough: Callable[[], bool]) -> None:
-        while not self._take() and not is_enough():
+        while not self._read_frames() and not is_enough():
             await self._changed.wait()
             self._changed = trio.Event()
 
@@ -251,11 +251,11 @@ class Call:
 
     # -- what comes
 
-    def _take(self) -> bool:
+    def _read_frames(self) -> bool:
         """Take what has come; returns whether it has ended."""
         if self._line.refusal is not None:
             self.failure = self.failure or self._line.refusal
-        while self.failure is None and (frame := self._line.take()) is not None:
+        while self.failure is None and (frame := self._line.next_frame()) is not None:
             match frame:
                 case Output(data={"answer": str() as answer}):
                     self.answer = answer
@@ -263,8 +263,8 @@ class Call:
                     self._pump()
                 case Output(data={"stopped": {"play": str() as play, "played": int() as samples}}):
                     self.stopped = {**dict(list(self.stopped.items())[-MAX_STOPPED:]), play: samples}
-                    self._told.set()
-                    self._told = trio.Event()
+                    self._stop_noted.set()
+                    self._stop_noted = trio.Event()
                 case Output(data={"event": str() as text}):
                     self.on_event(text)
                 case Completed():

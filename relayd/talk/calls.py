@@ -137,7 +137,7 @@ class Calls:
                 continue
             principal, offer = principal_named(request.principal), request.submit.params["offer"]
             call = Call(self.admission, principal, f"{kind}-{rest}", str(offer), "", self._on_end)
-            call.take_up(request)
+            call.resume(request)
             if kind == TALK:
                 call.hold(self)
             self._begin(call)

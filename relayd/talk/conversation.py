@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from relayd.store.records import MAX_TURN_CHARS, TurnRecord
-from relayd.talk.playing import Mark, heard_chars
+from relayd.talk.playing import Mark, played_chars
 
 #: Replies of one conversation that may wait.
 MAX_WAITING = 100
@@ -62,7 +62,7 @@ class Making:
         if self.spoken_whole and (not marks or marks[-1].text_end < len(content)):
             marks = [*marks, Mark(len(content), self.samples)]
         played = self.samples if self.played is None else self.played
-        chars = heard_chars(content, marks, played)
+        chars = played_chars(content, marks, played)
         return None if chars >= len(content) else chars
 
 
@@ -100,7 +100,7 @@ class Conversation:
 
     def add(self, role: str, content: str, at: float) -> TurnRecord:
         """Add a turn that nobody answers."""
-        turn = TurnRecord(talk_id=self.talk_id, number=self._take(), role=role, content=content, at=at)
+        turn = TurnRecord(talk_id=self.talk_id, number=self._use_number(), role=role, content=content, at=at)
         self.turns[turn.number] = turn
         self._chars += len(content)
         return turn
@@ -115,13 +115,13 @@ class Conversation:
         """
         said = () if text is None else (self.add("user", text, at),)
         waits = TurnRecord(
-            talk_id=self.talk_id, number=self._take(), role="assistant", state=TurnState.WAITING, at=at, **reply
+            talk_id=self.talk_id, number=self._use_number(), role="assistant", state=TurnState.WAITING, at=at, **reply
         )
         self.turns[waits.number] = waits
         self._waiting.append(waits.number)
         return (*said, waits)
 
-    def _take(self) -> int:
+    def _use_number(self) -> int:
         number, self._next = self._next, self._next + 1
         return number
 

@@ -83,7 +83,7 @@ class Ear:
     _held: "_HeldEar" = attrs.field(init=False)
     _fed: LiveInput = attrs.field(init=False)
     #: The place of the last thing that was told, the end of what was said last, and the text behind it so far.
-    _told: tuple[int, int] = (-1, 0)
+    _last_voice: tuple[int, int] = (-1, 0)
     _said_until: int = -1
     _text: str = ""
     _failed: bool = False
@@ -159,8 +159,8 @@ class Ear:
             if (refused := self._held.refusal) is not None:
                 self._failed = True
                 return HearingFailed(refused.code, refused.message, refused.retryable)
-            while (frame := self._held.take()) is not None:
-                if (heard := self._take(frame)) is not None:
+            while (frame := self._held.next_frame()) is not None:
+                if (heard := self._on_frame(frame)) is not None:
                     return heard
             if self._held.is_read:
                 return None
@@ -186,7 +186,7 @@ class Ear:
             return False
         return not relay.workers.serving(self.space) and not relay.scheduler.state.spaces[self.space].paused
 
-    def _take(self, frame: Frame) -> Heard | None:
+    def _on_frame(self, frame: Frame) -> Heard | None:
         match frame:
             case Started():
                 self._text = ""  # of an attempt that was lost
@@ -198,17 +198,17 @@ class Ear:
                 return HearingFailed("cancelled", reason or "it was cancelled")
             case Output(data=str() as text):
                 self._text += text
-            case Output(data=dict() as told):
-                return self._take_object(told)
+            case Output(data=dict() as data):
+                return self._on_object(data)
         return None
 
-    def _take_object(self, told: dict[str, Any]) -> Heard | None:
-        match told:
-            case {"speech_started": {"sample": int(sample)}} if (sample, 1) > self._told:
-                self._told = sample, 1
+    def _on_object(self, data: dict[str, Any]) -> Heard | None:
+        match data:
+            case {"speech_started": {"sample": int(sample)}} if (sample, 1) > self._last_voice:
+                self._last_voice = sample, 1
                 return SpeechBegan(sample)
-            case {"speech_stopped": {"sample": int(sample)}} if (sample, 0) > self._told:
-                self._told = sample, 0
+            case {"speech_stopped": {"sample": int(sample)}} if (sample, 0) > self._last_voice:
+                self._last_voice = sample, 0
                 return SpeechEnded(sample)
             case {"utterance": {"start": int(start), "end": int(end)}}:
                 text, self._text = self._text.strip(), ""

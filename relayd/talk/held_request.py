@@ -44,7 +44,7 @@ class FrameQueue:
         self._reader = FrameReader(request.request_id, request.log, self)
         self._reader.open()
 
-    def take(self) -> Frame | None:
+    def next_frame(self) -> Frame | None:
         """Return the next frame; None if there is none now."""
         if not self._frames:
             return None

@@ -85,7 +85,7 @@ class Playback:
         return self._admission.relay
 
     @property
-    def tells_what_was_heard(self) -> bool:
+    def knows_what_was_heard(self) -> bool:
         """Whether no more was heard than what was played; otherwise, it is as if there was no call."""
         is_whole = self.state is PlaybackState.PLAYED
         return not is_whole and (self.state is not PlaybackState.FAILED or self.played > 0)
@@ -116,7 +116,7 @@ class Playback:
             else:
                 self._open_face()
                 self._open_play()
-            while not await self._take_all():
+            while not await self._read_all():
                 with trio.move_on_after(LOOK_S if self._face is not None else float("inf")):
                     await self._changed.wait()
                 self._changed = trio.Event()
@@ -184,11 +184,11 @@ class Playback:
 
     # -- what comes
 
-    def _take(self) -> None:
+    def _read_frames(self) -> None:
         """Take what has come."""
         if self._play.refusal is not None:
             self.state = PlaybackState.FAILED
-        while self.state is PlaybackState.PLAYING and (frame := self._play.take()) is not None:
+        while self.state is PlaybackState.PLAYING and (frame := self._play.next_frame()) is not None:
             match frame:
                 case Output(data={"played": int() as samples}):
                     self.played = max(self.played, samples)
@@ -200,7 +200,7 @@ class Playback:
                 case Failed():
                     self._fail(frame)
         if self._face is not None:  # nobody else reads what it says
-            while self._face.take() is not None:
+            while self._face.next_frame() is not None:
                 pass
 
     def _fail(self, failed: Failed) -> None:
@@ -218,14 +218,14 @@ class Playback:
             samples = await self.call.wait_stopped(request.request_id)
             self.played = self.played if samples is None else samples
 
-    async def _take_all(self) -> bool:
+    async def _read_all(self) -> bool:
         """Take what has come, and play what is left without the face if it has failed; returns whether it has ended."""
-        self._take()
+        self._read_frames()
         if self._is_face_bad:
             self._is_face_bad = False
             await self._note_stopped()
             self._go_without_face("it has failed")
-            self._take()
+            self._read_frames()
         return self.state is not PlaybackState.PLAYING
 
     def _go_without_late_face(self) -> None:
@@ -274,7 +274,7 @@ class Playbacks:
 
         def on_end(playback: Playback) -> None:
             del self._all[number]
-            if playback.tells_what_was_heard:
+            if playback.knows_what_was_heard:
                 self.note_played(number, playback.played)
 
         playback = self._all[number] = Playback(call, principal, speech, group, on_end)

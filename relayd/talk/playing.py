@@ -17,7 +17,7 @@ class Mark:
     sample: int
 
 
-def heard_chars(content: str, marks: Sequence[Mark], samples: int) -> int:
+def played_chars(content: str, marks: Sequence[Mark], samples: int) -> int:
     """Return how many characters of `content` were heard when `samples` of its speech were played.
 
     Within a piece between two marks, characters take equally long. A word that was not heard to its end was not heard.

@@ -155,7 +155,7 @@ class Listener:
             return reply.text_ended
         if reply.speech is not None and queue.request is None:
             queue.open(reply.speech)
-        while not reply.is_over and (frame := queue.take()) is not None:
+        while not reply.is_over and (frame := queue.next_frame()) is not None:
             if (event := _event_of(frame)) is not None and event != self._format:
                 self._format = event if isinstance(event, SpeechStarted) else self._format
                 return event

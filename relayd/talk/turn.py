@@ -101,8 +101,8 @@ class Turn:
         try:
             with self._scope:
                 await self._make()
-            self._take_text()
-            self._take_speech()
+            self._read_text()
+            self._read_speech()
             outcome = self._outcome()
             if outcome.state is not TurnState.DONE:
                 self._cancel(outcome.message or "the turn has ended")
@@ -133,7 +133,7 @@ class Turn:
         playback = self.reply.playback
         if playback is not None:
             await playback.settle()
-            if playback.tells_what_was_heard:
+            if playback.knows_what_was_heard:
                 self.conversation.note_played(self.reply.number, playback.played)
 
     # -- the requests
@@ -158,8 +158,8 @@ class Turn:
         unserved_since: dict[str, float] = {}
         while True:
             self._changed = trio.Event()
-            self._take_text()
-            self._take_speech()
+            self._read_text()
+            self._read_speech()
             due = self._look_for_workers(unserved_since, patience_s)
             if self._is_over:
                 return
@@ -241,12 +241,12 @@ class Turn:
 
     # -- what comes
 
-    def _take_text(self) -> None:
+    def _read_text(self) -> None:
         """Take what has come of the text."""
         reply = self.reply
         if (refused := self._text.refusal) is not None:
             self.fail(refused.code, refused.message, retryable=refused.retryable)
-        while self._failure is None and (frame := self._text.take()) is not None:
+        while self._failure is None and (frame := self._text.next_frame()) is not None:
             match frame:
                 case Output(data=str() as text) if text:
                     if not self.conversation.delta(text):
@@ -281,13 +281,13 @@ class Turn:
             self.reply.text_ended = self.reply.finish
             self.reply.wake()
 
-    def _take_speech(self) -> None:
+    def _read_speech(self) -> None:
         """Take what has come of the speech; its samples go to the listeners, which read it themselves."""
         conversation, reply = self.conversation, self.reply
         if (refused := self._speech.refusal) is not None and reply.speech_ended is None:
             reply.speech = None
             self._end_speech(refused.code, refused.message, retryable=refused.retryable)
-        while reply.speech_ended is None and (frame := self._speech.take()) is not None:
+        while reply.speech_ended is None and (frame := self._speech.next_frame()) is not None:
             match frame:
                 case Started(format=made) if made is not None:
                     reply.format, self._sample_bytes = made, made.sample_bytes

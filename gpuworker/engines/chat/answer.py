@@ -93,20 +93,20 @@ class ChatAnswer:
 
     def _read(self, data: bytes) -> str:
         try:
-            told = json.loads(data)
+            message = json.loads(data)
         except (ValueError, RecursionError):
-            told = None
-        if not isinstance(told, dict):
+            message = None
+        if not isinstance(message, dict):
             fault = _NotAReply(f"{self._words.server} sent something that is no reply")
             fault.add_note(f"it sent: {owner_words(self._hide_key(data))}")
             raise fault
-        if told.get("error"):
-            raise self._error(told["error"], self._hide_key(data))
-        if isinstance(usage := told.get("usage"), dict):
+        if message.get("error"):
+            raise self._error(message["error"], self._hide_key(data))
+        if isinstance(usage := message.get("usage"), dict):
             prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
             if isinstance(prompt, int) and isinstance(completion, int) and prompt >= 0 and completion >= 0:
                 self.usage = prompt, completion
-        choices = told.get("choices")
+        choices = message.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         return self._choice(choice) if isinstance(choice, dict) else ""
 

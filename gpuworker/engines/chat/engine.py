@@ -156,15 +156,15 @@ class ChatEngine(ModelServerEngine):
         kind = head.headers.get("content-type", "").partition(";")[0].strip().lower()
         if head.status != 200 or kind not in ("text/event-stream", "application/json"):
             raise refusal(self.WORDS, head.status, head.headers, answer.read_text())
-        told = ChatAnswer(self.WORDS, self.hide_key, is_whole=kind == "application/json")
+        parsed = ChatAnswer(self.WORDS, self.hide_key, is_whole=kind == "application/json")
         shown = ShownText(thinks_first=bool(self.options["thinks_first"]))
         has_begun = has_told_thoughts = False
         try:
-            for text in self._texts(answer, told, asked["max_tokens"]):
+            for text in self._texts(answer, parsed, asked["max_tokens"]):
                 for piece in _cut(shown.add(text)):
                     has_begun = True
                     yield OutputChunk(piece)
-                if (told.has_thought or shown.has_thought) and not (has_begun or has_told_thoughts):
+                if (parsed.has_thought or shown.has_thought) and not (has_begun or has_told_thoughts):
                     has_told_thoughts = True
                     self.report(ProgressChunk("generating", 0.0, "the model thinks"))
         except ServerBusy as fault:
@@ -176,34 +176,34 @@ class ChatEngine(ModelServerEngine):
         if piece := shown.finish():
             has_begun = True
             yield OutputChunk(piece)
-        if not has_begun and not (asked["stop"] and told.finish_reason == "stop"):
-            raise self._nothing(told, shown)
-        yield last_output(told.finish_reason, told.usage)
+        if not has_begun and not (asked["stop"] and parsed.finish_reason == "stop"):
+            raise self._nothing(parsed, shown)
+        yield last_output(parsed.finish_reason, parsed.usage)
 
-    def _texts(self, answer: "Exchange", told: ChatAnswer, most: int | None) -> Iterator[str]:
+    def _texts(self, answer: "Exchange", parsed: ChatAnswer, most: int | None) -> Iterator[str]:
         """What the answer adds to the reply, piece by piece, until its end."""
         for data in answer.pieces():
-            yield told.feed(data)
-            if told.finish_reason or told.done:
+            yield parsed.feed(data)
+            if parsed.finish_reason or parsed.done:
                 break
-            if told.fault is not None:
-                raise told.fault
-            if most is not None and told.deltas > most:  # the server does not keep to it
-                told.finish_reason = "length"
+            if parsed.fault is not None:
+                raise parsed.fault
+            if most is not None and parsed.deltas > most:  # the server does not keep to it
+                parsed.finish_reason = "length"
                 return
         if self.cancelled():
             return
         with contextlib.suppress(EngineError):  # the reply is whole, and may be told so
-            for data in answer.pieces(0.0 if told.done or not told.finish_reason else time.monotonic() + TAIL_S):
-                yield told.feed(data)
-                if told.done:
+            for data in answer.pieces(0.0 if parsed.done or not parsed.finish_reason else time.monotonic() + TAIL_S):
+                yield parsed.feed(data)
+                if parsed.done:
                     break
-        yield told.finish()
+        yield parsed.finish()
 
-    def _nothing(self, told: ChatAnswer, shown: ShownText) -> EngineError:
-        if not (told.has_thought or shown.has_thought):
+    def _nothing(self, parsed: ChatAnswer, shown: ShownText) -> EngineError:
+        if not (parsed.has_thought or shown.has_thought):
             return EngineError("the model answered nothing; ask it in other words")
-        if told.finish_reason == "length":
+        if parsed.finish_reason == "length":
             return EngineError("the model thought until its tokens were used up; raise max_tokens")
         return EngineError("the model thought, and answered nothing; ask it in other words")
 

@@ -142,8 +142,8 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 def _media_types(hint: Any) -> list[str]:
     """The media types in the metadata of `Annotated`, also inside a union; other metadata is passed over."""
-    told = getattr(hint, "__metadata__", ())
-    kinds = [kind for kind in told if isinstance(kind, str) and MEDIA_TYPE_PATTERN.fullmatch(kind)]
+    metadata = getattr(hint, "__metadata__", ())
+    kinds = [kind for kind in metadata if isinstance(kind, str) and MEDIA_TYPE_PATTERN.fullmatch(kind)]
     return kinds + [kind for part in (_parts(hint) if _parts(hint) != (hint,) else ()) for kind in _media_types(part)]
 
 

@@ -76,11 +76,11 @@ def refusal(words: Words, status: int, headers: Mapping[str, str], body: bytes) 
 
 def _refusal(words: Words, status: int, headers: Mapping[str, str], body: bytes) -> EngineError:
     said = client_words(body, words)
-    told = f": {said}" if said else ""
+    quoted = f": {said}" if said else ""
     server, http = words.server, f"(HTTP {status})"
     if status < 300:
         return EngineError(
-            f"{server} answered without {words.makes}{told}; its owner finds out more in the worker's log"
+            f"{server} answered without {words.makes}{quoted}; its owner finds out more in the worker's log"
         )
     if status < 400:
         return EngineError(f"{server} is elsewhere {http}; the worker's owner gives its address with -o url")
@@ -91,12 +91,12 @@ def _refusal(words: Words, status: int, headers: Mapping[str, str], body: bytes)
         return ServerBusy(f"{server} {what} {http}; try again later", retry_after_s=_retry_after_s(headers))
     if status in (400, 413, 415, 422):
         return EngineError(
-            f"{server} refuses this request {http}{told}",
+            f"{server} refuses this request {http}{quoted}",
             code=ErrorCode.INVALID_PARAMS,
             details=_fields(body, words),
         )
     if status < 500:
-        return EngineError(f"{server} does not know {words.knows} {http}{told}")
+        return EngineError(f"{server} does not know {words.knows} {http}{quoted}")
     return EngineError(
         f"{server} failed {http}; the worker's owner finds the reason in its log", retryable=status == 504
     )

@@ -209,8 +209,8 @@ class MuseTalkEngine(Engine):
             yield self._cut(avatar, avatar.frames[number % length])
 
     def _talk(self, avatar: "Avatar", start: int, sounds: Iterable[Sound]) -> Iterator["Picture"]:
-        for number, count, heard in self._heard(sounds):
-            for at, face in enumerate(self._faces(avatar, start + number, heard, count), start + number):
+        for number, count, context in self._batches(sounds):
+            for at, face in enumerate(self._faces(avatar, start + number, context, count), start + number):
                 yield self._show(avatar, face, at)
 
     @property
@@ -218,11 +218,11 @@ class MuseTalkEngine(Engine):
         """How many pictures' sound the model hears after that of a picture."""
         return max(0, math.ceil((10 - 2 * (50 // self._fps)) * self._fps / 50) - 1)
 
-    def _heard(self, sounds: Iterable[Sound]) -> Iterator[tuple[int, int, "NDArray[np.float32]"]]:
+    def _batches(self, sounds: Iterable[Sound]) -> Iterator[tuple[int, int, "NDArray[np.float32]"]]:
         """For each batch: its first picture, how many it has, and the sound that ends `_ahead` pictures after it."""
         held, rate, left_out, number = bytearray(), MODEL_HZ, 0, 0
 
-        def heard(count: int) -> "NDArray[np.float32]":
+        def context(count: int) -> "NDArray[np.float32]":
             nonlocal left_out
             end = (number + count + self._ahead) * rate // self._fps
             begin = max(left_out, end - CONTEXT_S * rate)
@@ -234,21 +234,21 @@ class MuseTalkEngine(Engine):
             rate = sound.sample_rate
             held += sound.pcm
             while left_out + len(held) // 2 >= (number + self._batch + self._ahead) * rate // self._fps:
-                yield number, self._batch, heard(self._batch)
+                yield number, self._batch, context(self._batch)
                 number += self._batch
         pictures = math.ceil((left_out + len(held) // 2) * self._fps / rate)
         while count := min(self._batch, pictures - number):
-            yield number, count, heard(count)
+            yield number, count, context(count)
             number += count
 
-    def _faces(self, avatar: "Avatar", start: int, heard: "NDArray[np.float32]", count: int) -> "NDArray[np.uint8]":
+    def _faces(self, avatar: "Avatar", start: int, context: "NDArray[np.float32]", count: int) -> "NDArray[np.uint8]":
         """The faces of `count` pictures, as the model makes them."""
         torch, (vae, unet, positions) = self._torch, self._models
         with torch.no_grad():
-            features = self._processor.feature_extractor(heard, return_tensors="pt", sampling_rate=MODEL_HZ)
+            features = self._processor.feature_extractor(context, return_tensors="pt", sampling_rate=MODEL_HZ)
             features = features.input_features.to(dtype=self._dtype)
             prompts = self._processor.get_whisper_chunk(
-                [features], self._device, self._dtype, self._whisper, len(heard), fps=self._fps
+                [features], self._device, self._dtype, self._whisper, len(context), fps=self._fps
             )
             first = CONTEXT_S * self._fps - self._ahead - count
             prompts = positions(prompts[first : first + count].to(device=self._device, dtype=self._dtype))

@@ -247,14 +247,14 @@ class WebRtcEngine(Engine):
             try:
                 gateway.do(peer.add_candidate(command["candidate"]))
             except ValueError as fault:
-                gateway.soon(peer.tell, {"error": str(fault)})
+                gateway.soon(peer.emit, {"error": str(fault)})
         elif isinstance(command.get("send"), str):
             gateway.soon(peer.send, command["send"])
         elif command.get("hang_up") is True:
             gateway.soon(peer.end, None)
         else:
             wanted = '{"candidate": {…}}, {"send": "text"} or {"hang_up": true}'
-            gateway.soon(peer.tell, {"error": f"a command is one line of JSON: {wanted}"})
+            gateway.soon(peer.emit, {"error": f"a command is one line of JSON: {wanted}"})
 
     def _show_idle(self, gateway: "Gateway", peer: "Peer", idle: EngineInput | LiveInput | None) -> None:
         """Show the idle loop once all of it is there."""
@@ -286,7 +286,7 @@ class WebRtcEngine(Engine):
             play.close()
             if not play.finished:  # a cancelled run can say no more, but the call can
                 played = start + play.samples_played
-                gateway.soon(peer.tell, {"stopped": {"play": context.request_id, "played": played}})
+                gateway.soon(peer.emit, {"stopped": {"play": context.request_id, "played": played}})
 
     @staticmethod
     def _read_audio(play: "Play", sound: AudioFormat, audio: EngineInput | LiveInput, start: int) -> None:

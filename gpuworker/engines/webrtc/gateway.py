@@ -58,7 +58,7 @@ class PortLoop(asyncio.SelectorEventLoop):
         raise OSError(errno.EADDRINUSE, "no port of the range is free")
 
 
-def _tell(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _log_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log in one line what went wrong in a task of aiortc's: what strangers send leads to many."""
     print(f"webrtc: {context['message'][:100]}: {context.get('exception')!r}"[:300], file=sys.stderr, flush=True)
 
@@ -91,7 +91,7 @@ class Gateway:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.set_exception_handler(_tell)
+        self._loop.set_exception_handler(_log_fault)
         self._loop.run_forever()
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ def read_offer(sdp: str, *, loopback: bool = False) -> Offer:
         raise BadOffer(f"has media {odd[0][:32]!r}; offer audio, video and a data channel")
     if len(set(kinds)) != len(kinds):
         raise BadOffer("has two media of one kind; offer one audio, one video and one data channel at most")
-    if not _hears(lines):
+    if not _receives_audio(lines):
         raise BadOffer("does not receive audio; add a transceiver for audio, recvonly or sendrecv")
     if not set(_bundled(lines)) <= set(_mids(lines)):
         raise BadOffer("bundles media that it does not have; send the whole SDP of a browser's offer")
@@ -94,7 +94,7 @@ def _mids(lines: list[str]) -> list[str]:
     return mids
 
 
-def _hears(lines: list[str]) -> bool:
+def _receives_audio(lines: list[str]) -> bool:
     """Whether the audio's direction lets the browser receive; sendrecv if the SDP does not say."""
     kind, direction = "", "sendrecv"
     for line in lines:

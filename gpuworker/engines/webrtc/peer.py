@@ -176,7 +176,7 @@ class Peer:
                 retryable=True,
             )
         self._begin(self._give_up())
-        self._tell_state("connecting")
+        self._set_state("connecting")
         return _with_public_ip(sdp, self._settings.public_ip)
 
     def _add_tracks(self, offer: Offer) -> None:
@@ -252,7 +252,7 @@ class Peer:
         state = self._connection.connectionState
         if state == "connected" and self._state == "connecting":
             self._heard_at = asyncio.get_running_loop().time()
-            self._tell_state("connected")
+            self._set_state("connected")
             self._begin(self._serve())
         elif state in ("failed", "closed") and self._state == "connecting":
             self.end(
@@ -264,11 +264,11 @@ class Peer:
         elif state in ("failed", "closed"):
             self.end(None)
 
-    def _tell_state(self, state: str) -> None:
+    def _set_state(self, state: str) -> None:
         self._state = state
-        self.tell({"state": state})
+        self.emit({"state": state})
 
-    def tell(self, event: dict[str, Value] | AudioChunk) -> None:
+    def emit(self, event: dict[str, Value] | AudioChunk) -> None:
         """Pass on what the peer says or is."""
         if self._ended:
             return
@@ -334,7 +334,7 @@ class Peer:
             if slot % round(1 / SLOT_S) == 0:
                 self._look_whether_lost(loop.time())
             if slot % round(STATS_S / SLOT_S) == 0:
-                self.tell({"stats": await self._stats(loop.time())})
+                self.emit({"stats": await self._stats(loop.time())})
 
     def _serve_slot(self, slot: int, now: float) -> None:
         while self._plays and (self._plays[0].closed or self._plays[0].finished):
@@ -355,9 +355,9 @@ class Peer:
         if silent_s >= GONE_S:
             self.end(None)
         elif silent_s >= LOST_S and self._state == "connected":
-            self._tell_state("lost")
+            self._set_state("lost")
         elif silent_s < LOST_S and self._state == "lost":
-            self._tell_state("connected")
+            self._set_state("connected")
 
     async def _stats(self, now: float) -> dict[str, Value]:
         stats: dict[str, Value] = {
@@ -383,11 +383,11 @@ class Peer:
 
         def on_message(message: str | bytes) -> None:
             if not isinstance(message, str):
-                self.tell({"error": "what came over the data channel is no text; send JSON as text"})
+                self.emit({"error": "what came over the data channel is no text; send JSON as text"})
             elif len(message.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
-                self.tell({"error": f"what came over the data channel is longer than {MAX_TEXT_BYTES} bytes"})
+                self.emit({"error": f"what came over the data channel is longer than {MAX_TEXT_BYTES} bytes"})
             else:
-                self.tell({"event": message})
+                self.emit({"event": message})
 
         channel.on("message", on_message)
         while self._texts:
@@ -404,9 +404,9 @@ class Peer:
 
     def _on_track(self, track: MediaStreamTrack) -> None:
         if self._listen and track.kind == "audio":
-            self._begin(self._hear(track))
+            self._begin(self._read_microphone(track))
 
-    async def _hear(self, track: MediaStreamTrack) -> None:
+    async def _read_microphone(self, track: MediaStreamTrack) -> None:
         resampler = av.AudioResampler(format="s16", layout="mono", rate=MICROPHONE_HZ)
         with contextlib.suppress(MediaStreamError):
             while not self._ended:
@@ -414,7 +414,7 @@ class Peer:
                 assert isinstance(frame, av.AudioFrame)
                 frame.pts = None
                 for each in resampler.resample(frame):
-                    self.tell(AudioChunk(bytes(each.planes[0])[: each.samples * 2]))
+                    self.emit(AudioChunk(bytes(each.planes[0])[: each.samples * 2]))
 
 
 def _with_public_ip(sdp: str, public_ip: str) -> str:

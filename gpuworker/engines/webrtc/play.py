@@ -223,7 +223,7 @@ class Play:
         with self._changed:
             return self._total is not None and not self._packets
 
-    def take_pictures(self, before: int) -> Iterator[Picture]:
+    def pop_pictures(self, before: int) -> Iterator[Picture]:
         """Take the pictures up to a time of the play, in 1/90000 s; none while it does not sound."""
         while True:
             with self._changed:

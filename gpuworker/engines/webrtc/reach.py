@@ -79,13 +79,13 @@ class Reach:
 
         hosts = self.hosts or aioice.ice.get_host_addresses(use_ipv4=True, use_ipv6=True)
         free = self.count_free(hosts[0] if hosts else "0.0.0.0")
-        told = [
+        parts = [
             f"offers {', '.join(hosts) or 'no address, as this machine has none'}",
             f"{free} of the UDP ports {self._named_ports} are free",
             f"callers are told {self.public_ip}" if self.public_ip else "no public_ip",
             f"{len(self.ice_servers())} STUN or TURN servers of its own",
         ]
-        return "; ".join(told)
+        return "; ".join(parts)
 
     def count_free(self, host: str) -> int:
         """How many ports of the range nobody has on an address.

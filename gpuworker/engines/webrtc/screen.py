@@ -59,7 +59,7 @@ class Screen:
         """Yield what is due in the slot that begins at `at`, with its time."""
         if play is not None and play.has_video:
             position = play.position_ticks
-            for picture in play.take_pictures(position + SLOT_TICKS):
+            for picture in play.pop_pictures(position + SLOT_TICKS):
                 if position - picture.pts > LATE_TICKS:
                     self._leave_out(play)
                     continue

@@ -31,7 +31,7 @@ from gpuworker.engines.base import (
     OptionValue,
     ProgressChunk,
 )
-from gpuworker.hearing.hearing import Segment, capabilities, hear
+from gpuworker.hearing.hearing import Segment, capabilities, transcribe
 from gpuworker.hearing.sound import Sound
 from gpuworker.hearing.utterances import Detector, Utterance
 from protocol.install_hint import install_command
@@ -125,7 +125,7 @@ class WhisperEngine(Engine):
             InvalidParams: the model does not know the language.
             EngineError: the input cannot be decoded.
         """
-        return hear(self._recognize, _detector, params, inputs, self._decode, self.cancelled)
+        return transcribe(self._recognize, _detector, params, inputs, self._decode, self.cancelled)
 
     def _recognize(self, utterance: Utterance, params: Mapping[str, Value]) -> Iterator[Segment]:
         detector = importlib.import_module("gpuworker.engines.whisper.detector")
@@ -135,7 +135,7 @@ class WhisperEngine(Engine):
         temperature = params.get("temperature")
         hints: dict[str, Any] = {} if temperature is None else {"temperature": float(temperature)}
         try:
-            segments, told = self._model.transcribe(
+            segments, info = self._model.transcribe(
                 samples,
                 language=params.get("language"),
                 initial_prompt=params.get("prompt"),
@@ -149,7 +149,7 @@ class WhisperEngine(Engine):
         except ValueError as fault:
             raise InvalidParams({"language": str(fault)}) from None
         for segment in segments:
-            yield Segment(segment.text, float(segment.start), float(segment.end), str(told.language))
+            yield Segment(segment.text, float(segment.start), float(segment.end), str(info.language))
             if self.cancelled():
                 return
 

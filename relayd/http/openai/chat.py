@@ -180,5 +180,5 @@ def _reason(text: TextStream) -> str:
     return reason if isinstance(reason, str) and reason else "stop"
 
 
-def _event(told: dict[str, Value]) -> bytes:
-    return b"data: " + json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def _event(event: dict[str, Value]) -> bytes:
+    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -123,11 +123,11 @@ async def _answer(asked: Transcription, text: TextStream, held: RequestStream, r
         done = {"type": "transcript.text.done", "text": transcript.text, "usage": transcript.usage_json()}
         await _event(reply, headers, done)
         return
-    told, media_type = transcript.in_format(asked.response_format)
+    body, media_type = transcript.in_format(asked.response_format)
     if media_type == "application/json":
-        await reply.answer(JSONResponse(told, headers=headers))
+        await reply.answer(JSONResponse(body, headers=headers))
     else:
-        await reply.answer(Response(told, media_type=media_type, headers=headers))
+        await reply.answer(Response(body, media_type=media_type, headers=headers))
 
 
 async def _event(reply: ResponseWriter, headers: dict[str, str], event: dict[str, Value]) -> None:

@@ -147,9 +147,9 @@ class Transcript:
         """Add a piece."""
         self.pieces.append((text, None, None))
 
-    def note(self, told: Mapping[str, Value]) -> None:
+    def note(self, data: Mapping[str, Value]) -> None:
         """Take what is told beside the text."""
-        match told:
+        match data:
             case {"segment": {"start": int(start), "end": int(end)}} if self.pieces:
                 self.pieces[-1] = (self.pieces[-1][0], start, end)
             case {"utterance": {"sample_rate": int(rate)}}:
@@ -186,8 +186,8 @@ class Transcript:
         if response_format == "json":
             return {"text": self.text, "usage": self.usage_json()}, "application/json"
         if response_format == "verbose_json":
-            told = {"task": "transcribe", "language": self.ending.get("language"), "duration": self.seconds}
-            body = told | {"text": self.text, "segments": self.segments, "usage": self.usage_json()}
+            fields = {"task": "transcribe", "language": self.ending.get("language"), "duration": self.seconds}
+            body = fields | {"text": self.text, "segments": self.segments, "usage": self.usage_json()}
             return body, "application/json"
         if response_format == "srt":
             return "".join(_cue(segment, ",") for segment in self.segments), f"{TEXT_TYPES[1]}; charset=utf-8"

@@ -26,8 +26,8 @@ def _openai_errors(*statuses: int) -> Schema:
 
 
 def _site_errors(*statuses: int) -> Schema:
-    told = {"success": {"const": False}, "message": {"type": "string"}, "error": {"type": "string"}}
-    schema: Schema = {"type": "object", "properties": told, "required": list(told)}
+    properties = {"success": {"const": False}, "message": {"type": "string"}, "error": {"type": "string"}}
+    schema: Schema = {"type": "object", "properties": properties, "required": list(properties)}
     return {str(status): _answer("An error, as the site had it.", schema=schema) for status in statuses}
 
 

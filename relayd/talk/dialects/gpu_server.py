@@ -45,8 +45,8 @@ def make_app(context: HttpContext) -> Starlette:
 async def health(http: Request) -> Response:
     """Answer as the GPU server; its connections are those of users."""
     connections = talks_of(http).place.stats.websockets.get(DIALECT, 0)
-    told = {"status": "healthy", "service": SERVICE, "active_connections": connections}
-    return Response(json.dumps(told), media_type="application/json")
+    health = {"status": "healthy", "service": SERVICE, "active_connections": connections}
+    return Response(json.dumps(health), media_type="application/json")
 
 
 async def serve(websocket: WebSocket) -> None:

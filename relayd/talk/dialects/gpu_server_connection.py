@@ -95,7 +95,7 @@ class GpuServerConnection:
             with self.talks.place.stats.connected(DIALECT):
                 async with trio.open_nursery() as nursery:
                     async for data in self.socket.messages():
-                        await self._take(data, nursery)
+                        await self._handle_message(data, nursery)
                     nursery.cancel_scope.cancel()
         finally:
             for call in self._calls:
@@ -110,10 +110,10 @@ class GpuServerConnection:
             log.info("WebSocket connected (user-based):", connection_id=self.name, user_id=self.user)
         else:
             tutor = re.search(r"[0-9]+$", self.talks.place.settings.avatar)
-            told = {"tutor_id": int(tutor[0])} if tutor else {}
-            log.info("WebSocket connected (session-based):", session_id=self.session, **told)
+            fields = {"tutor_id": int(tutor[0])} if tutor else {}
+            log.info("WebSocket connected (session-based):", session_id=self.session, **fields)
 
-    async def _take(self, data: str | bytes, nursery: trio.Nursery) -> None:
+    async def _handle_message(self, data: str | bytes, nursery: trio.Nursery) -> None:
         message: Message = {}
         try:
             message = parse(data)
@@ -125,12 +125,12 @@ class GpuServerConnection:
         except Refused as refusal:
             await self._refuse(message, str(refusal))
 
-    async def _answer(self, message: Message, told: Message) -> None:
+    async def _answer(self, message: Message, answer: Message) -> None:
         """Answer a message; with its `message_id`, if it has one."""
         known: Message = {"timestamp": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S}"}
         if isinstance(number := message.get("message_id"), str | int):
             known["message_id"] = number
-        await self.socket.send(told | known)
+        await self.socket.send(answer | known)
 
     async def _refuse(self, message: Message, content: str) -> None:
         log.warning("message refused", connection_id=self.name, why=content)

@@ -101,9 +101,9 @@ def reply_json(whole: WholeReply, most: int) -> Message:
     if len(audio) > most:
         audio, where = "", f"/v1/requests/{whole.turn.speech_request}/audio"
         fault = f"the speech is too long for a message (limits.max_backlog_bytes); it is at {where}"
-    told: Message = {"type": "text", "content": played_content(whole.turn), "audio": audio, "role": "assistant"}
+    answer: Message = {"type": "text", "content": played_content(whole.turn), "audio": audio, "role": "assistant"}
     if fault is not None:
-        told["audio_error"] = fault
+        answer["audio_error"] = fault
     if whole.turn.state == "interrupted":
-        told["interrupted"] = True
-    return told
+        answer["interrupted"] = True
+    return answer

@@ -22,13 +22,13 @@ class JsonSocket:
             text = message.get("text")
             yield message["bytes"] if text is None else text
 
-    async def send(self, told: dict[str, Any]) -> None:
+    async def send(self, message: dict[str, Any]) -> None:
         """Send a JSON object; waits while the peer does not read.
 
         Raises:
             WebSocketDisconnect: the WebSocket is closed.
         """
-        text = json.dumps(told, ensure_ascii=False).encode(errors="replace").decode()  # half a surrogate pair
+        text = json.dumps(message, ensure_ascii=False).encode(errors="replace").decode()  # half a surrogate pair
         async with self._turn:
             await self.websocket.send_text(text)
 

@@ -53,10 +53,10 @@ class DataChannel:
     def of(cls, call: Call) -> "DataChannel":
         """Take over the data channel of a call."""
         channel = cls(call, *trio.open_memory_channel[str](MAX_WAITING))
-        call.on_event = channel._take
+        call.on_event = channel._on_event
         return channel
 
-    def _take(self, text: str) -> None:
+    def _on_event(self, text: str) -> None:
         try:
             self._send.send_nowait(text)
         except trio.WouldBlock:
@@ -67,9 +67,9 @@ class DataChannel:
         async for text in self._receive:
             yield text
 
-    async def send(self, told: dict[str, Any]) -> None:
+    async def send(self, event: dict[str, Any]) -> None:
         """Send a JSON object; nobody gets it once the call has ended."""
-        await self.call.send(json.dumps(told, ensure_ascii=False).encode(errors="replace").decode())
+        await self.call.send(json.dumps(event, ensure_ascii=False).encode(errors="replace").decode())
 
     async def wait_ended(self) -> None:
         """Wait for the end of the call, which ends `messages`."""

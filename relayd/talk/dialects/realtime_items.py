@@ -146,14 +146,14 @@ class Items:
 
     def restore(self) -> list[tuple[str | None, Json]]:
         """Know the turns of a conversation that was there before; returns them, each with the id of the one before."""
-        told = []
+        restored = []
         for turn in self.talk.turns:
             if turn.ended and turn.content:
                 item_id = f"item_{self.talk.talk_id[:16]}_{turn.number}"
                 previous = self.last_id
                 item = self.add(Item(item_id, turn.role, turn.number, spoken=turn.speech_request is not None))
-                told.append((previous, self.json(item)))
-        return told
+                restored.append((previous, self.json(item)))
+        return restored
 
     def add(self, item: Item) -> Item:
         """Know one more."""

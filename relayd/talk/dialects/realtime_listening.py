@@ -137,14 +137,14 @@ def listening_json(listening: Listening | None, model: str) -> Json:
         listening: None if nothing is heard.
         model: the space that transcribes.
     """
-    told: Json = {"format": FORMAT, "transcription": None, "noise_reduction": None, "turn_detection": None}
+    described: Json = {"format": FORMAT, "transcription": None, "noise_reduction": None, "turn_detection": None}
     if listening is None:
-        return told
+        return described
     if listening.transcription:
         hints = {"language": listening.language or None, "prompt": listening.prompt}
-        told["transcription"] = {"model": model} | hints
+        described["transcription"] = {"model": model} | hints
     if (detection := listening.turn_detection) is not None:
-        told["turn_detection"] = {
+        described["turn_detection"] = {
             "type": "server_vad",
             "threshold": detection.threshold,
             "prefix_padding_ms": detection.prefix_ms,
@@ -153,4 +153,4 @@ def listening_json(listening: Listening | None, model: str) -> Json:
             "interrupt_response": detection.interrupt_response,
             "idle_timeout_ms": None,
         }
-    return told
+    return described

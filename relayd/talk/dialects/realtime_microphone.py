@@ -65,7 +65,7 @@ class _Stretch:
     before: trio.Event
     began_at: float
     fed_at: float
-    told: trio.Event = attrs.field(factory=trio.Event)
+    is_done: trio.Event = attrs.field(factory=trio.Event)
     #: What is being said, or was said and is not understood yet.
     item: Item | None = None
     previous_id: str | None = None
@@ -213,7 +213,7 @@ class Microphone:
             self._rests_until = trio.current_time() + REST_S
             raise refusal_of(refused)
         detects, now = self.listening.turn_detection is not None, trio.current_time()
-        before = self._stretches[-1].told if self._stretches else trio.Event()
+        before = self._stretches[-1].is_done if self._stretches else trio.Event()
         if not self._stretches:
             before.set()
         stretch = _Stretch(ear, self._samples, detects, before, now, now)
@@ -234,7 +234,7 @@ class Microphone:
             if stretch.is_committed:
                 self._settle(stretch)
             stretch.ear.close()
-            stretch.told.set()
+            stretch.is_done.set()
             self._stretches.remove(stretch)
 
     # -- what is heard
@@ -278,8 +278,8 @@ class Microphone:
         stretch.is_committed = True
         self._waiting += 1
         await self.send("input_audio_buffer.committed", previous_item_id=previous, item_id=item.item_id)
-        told = item_json(item.item_id, "user", "completed", {"type": "input_audio", "transcript": None})
-        await self.send("conversation.item.added", previous_item_id=previous, item=told)
+        item_event = item_json(item.item_id, "user", "completed", {"type": "input_audio", "transcript": None})
+        await self.send("conversation.item.added", previous_item_id=previous, item=item_event)
 
     async def _understood(self, stretch: _Stretch, said: str, seconds: float) -> None:
         """Make what was said a part of the conversation, and have it answered."""
@@ -292,13 +292,13 @@ class Microphone:
                 await self._not_understood(item, refusal_of(added))
                 return
             if self.listening.transcription:
-                await self._tell_transcript(item, said, seconds)
+                await self._send_transcript(item, said, seconds)
             if added is None:
                 await self._forget(item)
                 return
             item.number = added.number
-            told = self.items.json(item)
-            await self.send("conversation.item.done", previous_item_id=stretch.previous_id, item=told)
+            item_event = self.items.json(item)
+            await self.send("conversation.item.done", previous_item_id=stretch.previous_id, item=item_event)
         finally:
             self._settle(stretch)
         detection = self.listening.turn_detection
@@ -308,7 +308,7 @@ class Microphone:
             except EventError as fault:
                 await self.send("error", error=error_json(fault))
 
-    async def _tell_transcript(self, item: Item, said: str, seconds: float) -> None:
+    async def _send_transcript(self, item: Item, said: str, seconds: float) -> None:
         place = {"item_id": item.item_id, "content_index": 0}
         if said:
             await self.send(f"{TRANSCRIPTION}.delta", **place, delta=said)

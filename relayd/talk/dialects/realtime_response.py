@@ -123,7 +123,7 @@ class Response:
         if self.reply.playback is not None:
             await self.reply.playback.ended.wait()
 
-    async def _tell_played(self, playback: Playback) -> None:
+    async def _report_playback(self, playback: Playback) -> None:
         """Tell when it is heard on the call, and when it is not any more."""
         await first_of(playback.started.wait, playback.ended.wait)
         if playback.started.is_set():
@@ -147,7 +147,7 @@ class Response:
             case SpeechStarted(format=made) if self.on_call is None:
                 await self._begin_speech(made)
             case SpeechStarted() if self.on_call is not None and self.reply.playback is not None:
-                self.on_call.start_soon(self._tell_played, self.reply.playback)
+                self.on_call.start_soon(self._report_playback, self.reply.playback)
             case Speech(pcm=pcm) if self._transcoder is not None:
                 await self._begin_item()
                 await self._send_audio(await self._transcoder.feed(pcm))
@@ -186,12 +186,12 @@ class Response:
         if self._is_begun:
             return
         self._is_begun = True
-        told = self._item_json("in_progress")
-        await self.send("response.output_item.added", response_id=self.response_id, output_index=0, item=told)
+        item = self._item_json("in_progress")
+        await self.send("response.output_item.added", response_id=self.response_id, output_index=0, item=item)
         if self.items is not None:
             self._previous_id = self.items.last_id
             self.items.add(self.item)
-            await self.send("conversation.item.added", previous_item_id=self._previous_id, item=told)
+            await self.send("conversation.item.added", previous_item_id=self._previous_id, item=item)
         part = part_json("", spoken=self.item.spoken)
         await self.send("response.content_part.added", **self._place, part=part)
 
@@ -207,10 +207,10 @@ class Response:
             else:
                 await self.send("response.output_text.done", **place, text=text)
             await self.send("response.content_part.done", **place, part=part_json(text, spoken=self.item.spoken))
-            told = self._item_json(self._item_status)
+            item = self._item_json(self._item_status)
             if self.items is not None:
-                await self.send("conversation.item.done", previous_item_id=self._previous_id, item=told)
-            await self.send("response.output_item.done", response_id=self.response_id, output_index=0, item=told)
+                await self.send("conversation.item.done", previous_item_id=self._previous_id, item=item)
+            await self.send("response.output_item.done", response_id=self.response_id, output_index=0, item=item)
         self.finished.set()  # whoever hears of its end may ask for the next
         await self.send("response.done", response=self._json(self._status))
 

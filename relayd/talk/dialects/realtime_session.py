@@ -45,7 +45,7 @@ class Carrier(Protocol):
     def messages(self) -> AsyncIterator[str | bytes]:
         """Return what comes, until its end."""
 
-    async def send(self, told: Json) -> None:
+    async def send(self, event: Json) -> None:
         """Send an event."""
 
 
@@ -137,9 +137,9 @@ class RealtimeSession:
     async def send(self, kind: str, /, **fields: Any) -> None:
         """Send an event."""
         event: Json = {"type": kind, "event_id": new_id("event"), **fields}
-        told = to_beta(event) if self.beta else event
-        if told is not None:
-            await self.carrier.send(told)
+        message = to_beta(event) if self.beta else event
+        if message is not None:
+            await self.carrier.send(message)
 
     @property
     def _has_speech(self) -> bool:
@@ -200,9 +200,9 @@ class RealtimeSession:
         message = parse_message(read_field(event, "item", mapping, REQUIRED))
         await self._settled()
         previous = self.items.last_id
-        told = self.items.json(await self.items.create(message, read_field(event, "previous_item_id", _id)))
-        await self.send("conversation.item.added", previous_item_id=previous, item=told)
-        await self.send("conversation.item.done", previous_item_id=previous, item=told)
+        item = self.items.json(await self.items.create(message, read_field(event, "previous_item_id", _id)))
+        await self.send("conversation.item.added", previous_item_id=previous, item=item)
+        await self.send("conversation.item.done", previous_item_id=previous, item=item)
 
     async def _delete_item(self, event: Json) -> None:
         item = self.items.find(event)

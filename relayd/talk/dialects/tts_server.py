@@ -47,9 +47,9 @@ def routes() -> list[BaseRoute]:
     return [WebSocketRoute("/tts", TtsServer().serve)]
 
 
-def binary_message(kind: int, told: Message, pcm: bytes) -> bytes:
+def binary_message(kind: int, fields: Message, pcm: bytes) -> bytes:
     """Return a message with audio."""
-    head = json.dumps(told).encode()
+    head = json.dumps(fields).encode()
     sizes = len(head).to_bytes(4, "big"), len(pcm).to_bytes(4, "big")
     return b"\xaa\x55" + bytes([kind, 0]) + sizes[0] + head + sizes[1] + pcm
 
@@ -113,7 +113,7 @@ class Connection:
                 try:
                     message = parse(data)
                     request_id = message.get("request_id")
-                    await self._take(message, request_id, nursery)
+                    await self._handle_message(message, request_id, nursery)
                 except Failure as failure:
                     await self._fail(request_id, failure)
             nursery.cancel_scope.cancel()
@@ -122,7 +122,7 @@ class Connection:
         error = {"code": failure.code, "message": failure.message, "details": failure.details}
         await self.socket.send({"type": "error", "request_id": request_id, "error": error})
 
-    async def _take(self, message: Message, request_id: Any, nursery: trio.Nursery) -> None:
+    async def _handle_message(self, message: Message, request_id: Any, nursery: trio.Nursery) -> None:
         kind = message.get("type")
         if kind == "ping":
             now = {"timestamp": message.get("timestamp", 0), "server_time": int(time.time())}
@@ -156,8 +156,8 @@ class Connection:
         await self.socket.send({"type": "complete", "request_id": request_id, "result": result})
 
     async def _progress(self, request_id: str | None, state: str, progress: float, words: str) -> None:
-        told = {"type": "progress", "request_id": request_id, "state": state, "progress": progress, "message": words}
-        await self.socket.send(told)
+        message = {"type": "progress", "request_id": request_id, "state": state, "progress": progress, "message": words}
+        await self.socket.send(message)
 
     async def _speak(self, request_id: str | None, params: Message, scope: trio.CancelScope) -> None:
         try:
@@ -189,12 +189,12 @@ class Connection:
         if made is None:
             raise Failure("GENERATION_FAILED", f"space {space.name!r} has made no audio")
         samples = size // made.sample_bytes
-        told = {"duration": samples / made.sample_rate, "sample_rate": made.sample_rate}
+        figures = {"duration": samples / made.sample_rate, "sample_rate": made.sample_rate}
         if whole is not None:
             await self._progress(request_id, "encoding", 0.9, "Encoding audio...")
-            named = {"request_id": request_id, "sample_rate": made.sample_rate, "duration": told["duration"]}
+            named = {"request_id": request_id, "sample_rate": made.sample_rate, "duration": figures["duration"]}
             await self.socket.send_bytes(binary_message(WHOLE, named, bytes(whole)))
-        return told | {"samples": samples, "chunks": 1 if whole is not None else chunks}
+        return figures | {"samples": samples, "chunks": 1 if whole is not None else chunks}
 
     async def _send_audio(
         self, request_id: str | None, held: RequestStream, whole: bytearray | None
@@ -211,8 +211,8 @@ class Connection:
                 case Audio(pcm=pcm) if made is not None:
                     size += len(pcm)
                     if whole is None:
-                        told = {"sequence": chunks, "sample_rate": made.sample_rate, "is_final": False}
-                        await self.socket.send_bytes(binary_message(CHUNK, {"request_id": request_id} | told, pcm))
+                        fields = {"sequence": chunks, "sample_rate": made.sample_rate, "is_final": False}
+                        await self.socket.send_bytes(binary_message(CHUNK, {"request_id": request_id} | fields, pcm))
                         chunks += 1
                     elif size > most:
                         raise Failure("GENERATION_FAILED", "the audio is too long for one message; use mode streaming")

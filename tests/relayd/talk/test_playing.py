@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relayd.talk.playing import Mark, heard_chars, last_boundary
+from relayd.talk.playing import Mark, last_boundary, played_chars
 
 TEXT = "One two three. Four five six."
 MARKS = [Mark(14, 1400), Mark(29, 2900)]
@@ -26,16 +26,16 @@ MARKS = [Mark(14, 1400), Mark(29, 2900)]
     ],
 )
 def test_a_word_counts_when_it_was_heard_to_its_end(samples: int, heard: str) -> None:
-    assert TEXT[: heard_chars(TEXT, MARKS, samples)].strip() == heard
+    assert TEXT[: played_chars(TEXT, MARKS, samples)].strip() == heard
 
 
 def test_without_a_mark_nothing_was_heard_for_certain() -> None:
-    assert heard_chars(TEXT, [], 1_000_000) == 0
+    assert played_chars(TEXT, [], 1_000_000) == 0
 
 
 def test_in_scripts_without_spaces_every_character_is_a_word() -> None:
     text = "你好，我是一个老师。"
-    assert heard_chars(text, [Mark(len(text), 1000)], 450) == 4
+    assert played_chars(text, [Mark(len(text), 1000)], 450) == 4
     assert last_boundary("日本語 and English", 6) == 4
 
 
@@ -51,7 +51,7 @@ def test_more_samples_are_never_less_text_and_never_more_than_the_marks_say(
     for more, longer in steps:
         chars, at = min(len(text), chars + more), at + longer
         marks.append(Mark(chars, at))
-    heard = heard_chars(text, marks, samples)
+    heard = played_chars(text, marks, samples)
     assert 0 <= heard <= (marks[-1].text_end if marks else 0)
     assert heard >= max((mark.text_end for mark in marks if mark.sample <= samples), default=0)
-    assert heard_chars(text, marks, samples + 1) >= heard
+    assert played_chars(text, marks, samples + 1) >= heard

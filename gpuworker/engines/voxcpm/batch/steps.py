@@ -103,13 +103,13 @@ class Steps:
 
     def _serve(self) -> None:
         while not self._ends:
-            self._take(wait=not self._outs and not self._waiting)
+            self._pop_calls(wait=not self._outs and not self._waiting)
             if self._waiting:
                 self._waiting.popleft()()
             if self._outs:
                 self._step()
 
-    def _take(self, *, wait: bool) -> None:
+    def _pop_calls(self, *, wait: bool) -> None:
         """Run what has no time to wait, and put the rest behind those who wait."""
         try:
             while not self._ends:
@@ -130,11 +130,11 @@ class Steps:
         except Exception as fault:  # noqa: BLE001 - the batch is one: every speech in it fails with it
             traceback.print_exc()
             # Nobody knows whose fault it is: the slots find out, with a new process. And nobody may read of others.
-            told = "a step, which all requests share, failed; the worker's log says why"
-            told = str(fault) if isinstance(fault, EngineError) else told
+            message = "a step, which all requests share, failed; the worker's log says why"
+            message = str(fault) if isinstance(fault, EngineError) else message
             for row, out in self._outs.items():
                 self._batch.leave(row)
-                out.put(EngineError(told, retryable=True, restart=True))
+                out.put(EngineError(message, retryable=True, restart=True))
             self._outs.clear()
             return
         for row, patch in made.items():

@@ -279,7 +279,7 @@ def test_a_peer_that_says_more_than_is_taken_is_hung_up() -> None:
     try:
         peer = gateway.do(gateway.open_peer("call"))
         for _ in range(peers.MAX_EVENTS + 1_000):
-            gateway.soon(peer.tell, {"event": "more"})
+            gateway.soon(peer.emit, {"event": "more"})
         gateway.do(gateway.close_peer("call", peer))
         told = [peer.events.get() for _ in range(peer.events.qsize())]
     finally:

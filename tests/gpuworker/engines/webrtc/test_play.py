@@ -59,7 +59,7 @@ def test_a_picture_that_is_shown_makes_room_for_another() -> None:
         play.add_picture(Picture(b"\0", number))
     thread, raised = blocked(lambda: play.add_picture(Picture(b"\0", 10_000)))
     assert play.starts_slot(0.0)
-    assert len(list(play.take_pictures(1))) == 1
+    assert len(list(play.pop_pictures(1))) == 1
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert not raised
@@ -96,11 +96,11 @@ def test_how_much_was_played_is_told_five_times_a_second() -> None:
 def test_no_picture_is_taken_while_nothing_sounds() -> None:
     play = a_play(has_video=True)
     play.add_picture(Picture(b"\0", 0))
-    assert list(play.take_pictures(10_000)) == []
+    assert list(play.pop_pictures(10_000)) == []
     play.add_packets([b"sound"] * 10)
     play.starts_slot(0.0)
-    assert list(play.take_pictures(0)) == [], "nor one that is due later"
-    assert len(list(play.take_pictures(1))) == 1
+    assert list(play.pop_pictures(0)) == [], "nor one that is due later"
+    assert len(list(play.pop_pictures(1))) == 1
 
 
 def test_a_play_whose_video_has_ended_waits_for_no_picture() -> None:
@@ -143,7 +143,7 @@ def test_sound_that_goes_on_after_a_pause_waits_for_no_picture() -> None:
     play.add_packets([b"sound"] * 5)
     for slot in range(5):
         assert play.starts_slot(slot * SLOT_S)
-        list(play.take_pictures(10_000))
+        list(play.pop_pictures(10_000))
         play.ends_slot()
     assert play.starts_slot(5 * SLOT_S) is None
     play.add_packets([b"more"] * 10)
