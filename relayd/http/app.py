@@ -37,7 +37,9 @@ HEADERS = {
     "x-frame-options": "DENY",
 }
 #: What pages of other, allowed origins may read: all headers, named where `*` is only a name (requests with cookies).
-EXPOSED = "*, Accept-Ranges, Content-Length, Content-Range, ETag, Location, Retry-After, X-Relay-Cache, X-Request-Id"
+EXPOSED = (
+    "*, Accept-Ranges, Content-Length, Content-Range, ETag, Link, Location, Retry-After, X-Relay-Cache, X-Request-Id"
+)
 #: What they may send is whatever they ask for: client libraries add headers of their own.
 CORS = {"access-control-allow-methods": "GET, HEAD, POST, PUT, PATCH, DELETE", "access-control-max-age": "600"}
 #: What a page may send that does not say what it wants to send.

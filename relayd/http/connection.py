@@ -33,6 +33,8 @@ READ_BYTES = 64 * 1024
 SEND_PIECE_BYTES = 64 * 1024
 #: Pieces of a request's body, each at most `READ_BYTES`, buffered for the handler; then reading pauses.
 BODY_PIECES = 10
+#: A body of at most this size is received before the response begins, also by who does not read it: for so long.
+SMALL_BODY_BYTES, SMALL_BODY_S = READ_BYTES, 1.0
 #: How long a connection waits for the client to read the last response and to close its end.
 LINGER_S = 2.0
 #: How much is read and discarded meanwhile: a client may send a whole body before it reads the response.
@@ -86,6 +88,10 @@ def _head_of(request: h11.Request) -> bytes:
     lines = [request.method + b" " + request.target + b" HTTP/" + request.http_version]
     lines += [name + b": " + value for name, value in request.headers.raw_items()]
     return b"\r\n".join((*lines, b"", b""))
+
+
+def _has_small_body(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"content-length" and int(value) <= SMALL_BODY_BYTES for name, value in headers)
 
 
 @attrs.define(eq=False)
@@ -209,7 +215,7 @@ class Connection:
             "state": {"exchange": exchange},
             "extensions": {},
         }
-        self._cycle = cycle = RequestCycle(self, exchange, scope["method"], scope["path"])
+        self._cycle = cycle = RequestCycle(self, exchange, scope["method"], scope["path"], _has_small_body(headers))
         self._reading.deadline = math.inf
         handlers.start_soon(self._handle, cycle, scope)
 
@@ -327,11 +333,15 @@ class RequestCycle:
     exchange: Exchange
     method: str
     path: str
+    #: Whether the body is so small that it is received in any case.
+    small_body: bool
     #: Status of the response, once started; else 0.
     status: int = 0
     #: Set when the response was sent or aborted.
     ended: trio.Event = attrs.field(factory=trio.Event)
     _started_at: float = attrs.field(factory=time.monotonic)
+    #: Set when the whole body has arrived.
+    _received: trio.Event = attrs.field(factory=trio.Event)
     #: A head that is sent together with the first bytes of its body.
     _held: list[bytes] = attrs.field(factory=list)
     _body: tuple[trio.MemorySendChannel[Message], trio.MemoryReceiveChannel[Message]] = attrs.field(
@@ -342,6 +352,8 @@ class RequestCycle:
 
     async def put(self, message: Message) -> None:
         """Pass a piece of the body to the handler; waits while too many are buffered."""
+        if message is _LAST_PIECE:
+            self._received.set()
         try:
             try:
                 self._body[0].send_nowait(message)
@@ -389,16 +401,27 @@ class RequestCycle:
         if self.connection.done:
             await trio.lowlevel.checkpoint()
             return
-        await self.connection.transmit(self._head(message) if kind == "http.response.start" else self._part(message))
+        if kind == "http.response.start":
+            await self._wait_for_small_body()
+            pieces = self._head(message)
+        else:
+            pieces = self._part(message)
+        await self.connection.transmit(pieces)
         if kind == "http.response.body" and not message.get("more_body", False):
             await self.connection.conclude(self)
+
+    async def _wait_for_small_body(self) -> None:
+        """Let a body that is on its way arrive, read or not: otherwise the connection ends with this response."""
+        if self.small_body and not self.connection.http.they_are_waiting_for_100_continue:
+            with trio.move_on_after(SMALL_BODY_S):
+                await self._received.wait()
 
     def _head(self, message: Message) -> list[bytes]:
         headers = [(bytes(name).strip(), bytes(value).strip()) for name, value in message.get("headers", ())]
         has_length = any(name.lower() == b"content-length" for name, _value in headers)
         headers.append((b"date", _date_at(int(time.time()))))
-        if self.connection.context.leaving:
-            headers.append((b"connection", b"close"))
+        if self.connection.context.leaving or self.connection.http.their_state is not h11.DONE:
+            headers.append((b"connection", b"close"))  # also if the rest of the body is not read: see `conclude`
         head = self.connection.http.send(h11.Response(status_code=message["status"], headers=headers))
         self.status = message["status"]
         if not has_length:

@@ -37,10 +37,11 @@ export class Call {
       setTimeout(resolve, GATHER_MS);
       peer.onicegatheringstatechange = () => peer.iceGatheringState === "complete" && resolve();
     });
+    if (this.state === "ended") return;
+    this.#await(() => this.state === "connected");
     const answer = await post(`v1/talks/${talk}/whep`, "application/sdp", peer.localDescription.sdp);
     this.#where = answer.headers.get("location").replace(/^\//, "");
     if (this.state === "ended") return this.#leave();
-    this.#await(() => this.state === "connected");
     await peer.setRemoteDescription({ type: "answer", sdp: await answer.text() });
   }
 

@@ -60,6 +60,17 @@ async def test_a_connection_is_used_again_and_ends_when_it_idles_too_long(tmp_pa
 
 
 @pytest.mark.trio
+async def test_who_is_answered_before_the_end_of_the_body_is_told_that_the_connection_ends(tmp_path: Path) -> None:
+    async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
+        json = {"content-type": "application/json"}
+        refused = await http.ask("POST", "/v1/spaces/tts/requests", body=b"{}", headers=json)
+        assert "connection" not in refused.headers
+        too_large = await http.ask("POST", "/v1/spaces/tts/requests", body=b" " * 600_000, headers=json)
+        assert (too_large.status, too_large.headers["connection"]) == (413, "close")
+        assert await http.hears_the_end()
+
+
+@pytest.mark.trio
 async def test_requests_sent_ahead_are_answered_in_order(tmp_path: Path) -> None:
     async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
         ask = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"
