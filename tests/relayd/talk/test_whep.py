@@ -64,6 +64,31 @@ async def test_what_is_said_is_heard_on_the_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.trio
+async def test_an_interruption_silences_the_call_and_the_history_has_what_was_heard(tmp_path: Path) -> None:
+    async with player(tmp_path) as (_on, calls, http):
+        calls.stops_at = 95
+        assert (await call(http)).status == 201
+        said = (await http.ask("POST", "/v1/talks/s1/say", told={"text": "Hello."})).json
+        (peer,) = calls.peers
+        await until(lambda: len(calls.heard[peer]) == 2 * 95)
+        assert (await http.ask("POST", "/v1/talks/s1/interrupt", told={})).json == {"interrupted": True}
+        assert bytes(calls.heard[peer]) == speech_of(said["text"])[: 2 * 95]
+        turn = (await http.get("/v1/talks/s1/turns")).json["turns"][-1]
+        assert turn["content"][: turn["heard_chars"]] == "You said:"
+
+
+@pytest.mark.trio
+async def test_without_a_gateway_a_call_is_refused_for_now(tmp_path: Path) -> None:
+    async with (
+        stage(tmp_path, listen="127.0.0.1:0", talk={"calls": "calls"}, spaces=CALLS) as on,
+        visitor(on.daemon.urls[0], token=make_token(on.daemon)) as http,
+    ):
+        await http.ask("POST", "/v1/talks", told={"session": "s1"})
+        refused = await call(http)
+        assert (refused.status, refused.error["code"], "retry-after" in refused.headers) == (503, "no_worker", True)
+
+
+@pytest.mark.trio
 async def test_another_call_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     async with player(tmp_path) as (_on, calls, http):
         first = (await call(http)).headers["location"]
