@@ -33,8 +33,8 @@ READ_BYTES = 64 * 1024
 SEND_PIECE_BYTES = 64 * 1024
 #: Pieces of a request's body, each at most `READ_BYTES`, buffered for the handler; then reading pauses.
 BODY_PIECES = 10
-#: A body of at most this size is received before the response begins, also by who does not read it: for so long.
-SMALL_BODY_BYTES, SMALL_BODY_S = READ_BYTES, 1.0
+#: The rest of a body of at most this size is discarded after the response, for so long, to keep the connection.
+DISCARD_BYTES, DISCARD_S = 1024 * 1024, 2.0
 #: How long a connection waits for the client to read the last response and to close its end.
 LINGER_S = 2.0
 #: How much is read and discarded meanwhile: a client may send a whole body before it reads the response.
@@ -90,8 +90,9 @@ def _head_of(request: h11.Request) -> bytes:
     return b"\r\n".join((*lines, b"", b""))
 
 
-def _has_small_body(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    return any(name == b"content-length" and int(value) <= SMALL_BODY_BYTES for name, value in headers)
+def _is_discarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the rest of a request's body is discarded after the response."""
+    return any(name == b"content-length" and int(value) <= DISCARD_BYTES for name, value in headers)
 
 
 @attrs.define(eq=False)
@@ -186,6 +187,8 @@ class Connection:
                 await cycle.put({"type": "http.request", "body": bytes(event.data), "more_body": True})
             elif isinstance(event, h11.EndOfMessage) and cycle is not None:
                 await cycle.put(_LAST_PIECE)
+                if cycle.exchange.answered and not self.done:
+                    self._start_next_cycle()
             elif event is h11.PAUSED and cycle is not None and self.http.trailing_data[0]:
                 await cycle.ended.wait()  # the next request has arrived already
             else:
@@ -215,7 +218,7 @@ class Connection:
             "state": {"exchange": exchange},
             "extensions": {},
         }
-        self._cycle = cycle = RequestCycle(self, exchange, scope["method"], scope["path"], _has_small_body(headers))
+        self._cycle = cycle = RequestCycle(self, exchange, scope["method"], scope["path"], _is_discarded(headers))
         self._reading.deadline = math.inf
         handlers.start_soon(self._handle, cycle, scope)
 
@@ -250,14 +253,21 @@ class Connection:
         """A response was sent: prepare for the next request, or end the connection."""
         cycle.close()
         if self._cycle is cycle and not self.done:
-            self._cycle = None
             cycle.log_response()
-            if self.http.our_state is self.http.their_state is h11.DONE and not self.context.leaving:
-                self.http.start_next_cycle()
-                self._reading.deadline = trio.current_time() + self.context.relay.config.http.keep_alive_s
+            if self.http.our_state is not h11.DONE or self.context.leaving:
+                await self._finish()
+            elif self.http.their_state is h11.DONE:
+                self._start_next_cycle()
+            elif cycle.discards_body and not self.http.they_are_waiting_for_100_continue:
+                self._reading.deadline = trio.current_time() + DISCARD_S
             else:
                 await self._finish()
         cycle.ended.set()
+
+    def _start_next_cycle(self) -> None:
+        self._cycle = None
+        self.http.start_next_cycle()
+        self._reading.deadline = trio.current_time() + self.context.relay.config.http.keep_alive_s
 
     async def transmit(self, pieces: Sequence[bytes]) -> None:
         """Send bytes; abort the connection if the client does not read."""
@@ -333,15 +343,13 @@ class RequestCycle:
     exchange: Exchange
     method: str
     path: str
-    #: Whether the body is so small that it is received in any case.
-    small_body: bool
+    #: Whether the rest of its body is discarded after the response, which keeps the connection.
+    discards_body: bool
     #: Status of the response, once started; else 0.
     status: int = 0
     #: Set when the response was sent or aborted.
     ended: trio.Event = attrs.field(factory=trio.Event)
     _started_at: float = attrs.field(factory=time.monotonic)
-    #: Set when the whole body has arrived.
-    _received: trio.Event = attrs.field(factory=trio.Event)
     #: A head that is sent together with the first bytes of its body.
     _held: list[bytes] = attrs.field(factory=list)
     _body: tuple[trio.MemorySendChannel[Message], trio.MemoryReceiveChannel[Message]] = attrs.field(
@@ -352,8 +360,6 @@ class RequestCycle:
 
     async def put(self, message: Message) -> None:
         """Pass a piece of the body to the handler; waits while too many are buffered."""
-        if message is _LAST_PIECE:
-            self._received.set()
         try:
             try:
                 self._body[0].send_nowait(message)
@@ -401,27 +407,16 @@ class RequestCycle:
         if self.connection.done:
             await trio.lowlevel.checkpoint()
             return
-        if kind == "http.response.start":
-            await self._wait_for_small_body()
-            pieces = self._head(message)
-        else:
-            pieces = self._part(message)
-        await self.connection.transmit(pieces)
+        await self.connection.transmit(self._head(message) if kind == "http.response.start" else self._part(message))
         if kind == "http.response.body" and not message.get("more_body", False):
             await self.connection.conclude(self)
-
-    async def _wait_for_small_body(self) -> None:
-        """Let a body that is on its way arrive, read or not: otherwise the connection ends with this response."""
-        if self.small_body and not self.connection.http.they_are_waiting_for_100_continue:
-            with trio.move_on_after(SMALL_BODY_S):
-                await self._received.wait()
 
     def _head(self, message: Message) -> list[bytes]:
         headers = [(bytes(name).strip(), bytes(value).strip()) for name, value in message.get("headers", ())]
         has_length = any(name.lower() == b"content-length" for name, _value in headers)
         headers.append((b"date", _date_at(int(time.time()))))
-        if self.connection.context.leaving or self.connection.http.their_state is not h11.DONE:
-            headers.append((b"connection", b"close"))  # also if the rest of the body is not read: see `conclude`
+        if self.connection.context.leaving:
+            headers.append((b"connection", b"close"))
         head = self.connection.http.send(h11.Response(status_code=message["status"], headers=headers))
         self.status = message["status"]
         if not has_length:

@@ -60,14 +60,31 @@ async def test_a_connection_is_used_again_and_ends_when_it_idles_too_long(tmp_pa
 
 
 @pytest.mark.trio
-async def test_who_is_answered_before_the_end_of_the_body_is_told_that_the_connection_ends(tmp_path: Path) -> None:
+async def test_the_rest_of_a_refused_body_is_discarded_and_the_connection_used_again(tmp_path: Path) -> None:
     async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
-        json = {"content-type": "application/json"}
-        refused = await http.ask("POST", "/v1/spaces/tts/requests", body=b"{}", headers=json)
-        assert "connection" not in refused.headers
-        too_large = await http.ask("POST", "/v1/spaces/tts/requests", body=b" " * 600_000, headers=json)
-        assert (too_large.status, too_large.headers["connection"]) == (413, "close")
+        for _ in range(3):
+            json = {"content-type": "application/json"}
+            too_large = await http.ask("POST", "/v1/spaces/tts/requests", body=b" " * 600_000, headers=json)
+            assert too_large.status == 413
+        await http.stream.send_all(b"POST /nothing/here HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        assert (await some_from(http.stream)).startswith(b"HTTP/1.1 404")
+        await http.stream.send_all(b"late")
+        assert (await http.get("/fine")).body == b"fine"
+        assert relay.http_context.connections == 1
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("size", [100, 2_000_000])
+async def test_a_refused_body_that_does_not_come_ends_the_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr("relayd.http.connection.DISCARD_S", 0.1)
+    async with staged(tmp_path) as (relay, _), visitor(relay.url) as http:
+        lacks = f"POST /nothing/here HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\nx"
+        await http.stream.send_all(lacks.encode())
+        assert (await some_from(http.stream)).startswith(b"HTTP/1.1 404")
         assert await http.hears_the_end()
+        await until(lambda: relay.http_context.connections == 0)
 
 
 @pytest.mark.trio
