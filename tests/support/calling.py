@@ -109,7 +109,9 @@ class Gateway(FakeEngine):
                 if not open_inputs:
                     break
         except trio.Cancelled:  # the run can say no more, but the call can
-            self.peers[peer].send(Output, data={"stopped": {"play": out.assign.request_id, "played": played}})
+            if peer in self.peers:  # hung up in the same moment otherwise
+                stopped = {"play": out.assign.request_id, "played": played}
+                self.peers[peer].send(Output, data={"stopped": stopped})
             raise
         else:
             out.send(Completed, result={})
