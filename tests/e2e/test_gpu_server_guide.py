@@ -27,6 +27,8 @@ reply = "llm"
 speech = "tts"
 listen = "127.0.0.1:0"
 avatar = "avatar_tutor_13"
+[limits]
+worker_grace_s = 2.0
 [spaces.llm]
 [spaces.tts]
 """
@@ -84,17 +86,32 @@ INFO - WebSocket connected (session-based): session_id=session_abc123, tutor_id=
 @asynccontextmanager
 async def serving(tmp_path: Path) -> AsyncIterator[tuple[Place, Proc, str, str]]:
     """A relay that logs plain lines, with eliza and a voice; its door as HOST:PORT, and a token."""
+    place = a_plain_place(tmp_path)
+    async with (
+        a_plain_relay(place) as (relay, door),
+        a_plain_worker(place, relay, "--space", "llm", "--engine", "eliza"),
+        a_plain_worker(place, relay, "--space", "tts", "--engine", "mock", "-o", "speed=0"),
+    ):
+        yield place, relay, door, await a_token(place)
+
+
+def a_plain_place(tmp_path: Path) -> Place:
     place = a_place(tmp_path)
     config = tmp_path / "relayd.toml"
     config.write_text(config.read_text().replace('format = "json"\n[spaces.tts]\n', CONFIG))
+    return place
+
+
+@asynccontextmanager
+async def a_plain_relay(place: Place) -> AsyncIterator[tuple[Proc, str]]:
     async with place.start("relayd", "serve") as relay:
         listening = await relay.until(lambda line: re.search(r" - listening .*doors=\['ws://([^']+)'\]", line))
-        async with (
-            a_plain_worker(place, relay, "--space", "llm", "--engine", "eliza"),
-            a_plain_worker(place, relay, "--space", "tts", "--engine", "mock", "-o", "speed=0"),
-        ):
-            token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "proxy")
-            yield place, relay, listening[1], token.decode().strip()
+        yield relay, listening[1]
+
+
+async def a_token(place: Place) -> str:
+    token, _ = await place.run("relayd", "token", "create", "--role", "client", "--name", "proxy")
+    return token.decode().strip()
 
 
 @asynccontextmanager
@@ -164,3 +181,41 @@ async def test_the_commands_of_the_guide_and_its_log(tmp_path: Path) -> None:
         assert found[0] > at, line
         at = found[0]
     assert token[6:] not in "\n".join(log)
+
+
+@pytest.mark.trio
+async def test_a_killed_relay_and_a_killed_worker_cost_neither_history_nor_samples(tmp_path: Path) -> None:
+    place = a_plain_place(tmp_path)
+
+    def text(content: str, session: str) -> dict[str, object]:
+        return GOOD | {"content": content, "engine_session_id": session}
+
+    async with (
+        place.start("gpuworker", "run", "--space", "llm", "--engine", "eliza"),
+        place.start("gpuworker", "run", "--space", "tts", "--engine", "mock", "-o", "speed=2") as voice,
+    ):
+        async with a_plain_relay(place) as (relay, door):
+            user = f"ws://{door}/ws/ws/user_6?token={await a_token(place)}"
+            told = [await websocat(user, text("My number is 4711.", session), answers=1) for session in ("1", "2")]
+            relay.process.kill()
+        async with a_plain_relay(place) as (relay, door):
+            user = f"ws://{door}/ws/ws/user_6?token={user.partition('token=')[2]}"
+            (whole,) = await websocat(user, text("What number did I tell you?", "1"), answers=1)
+            log = len(relay.lines)
+            heard: list[dict[str, object]] = []
+            answered = trio.Event()
+
+            async def ask() -> None:
+                heard.extend(await websocat(user, text("What number did I tell you?", "2"), answers=1))
+                answered.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                await relay.until(lambda line: "request started" in line and "space=tts" in line, after=log)
+                voice.process.kill()
+                async with place.start("gpuworker", "run", "--space", "tts", "--engine", "mock", "-o", "speed=2"):
+                    await answered.wait()
+            assert any("request queued again" in line for line in relay.lines[log:])
+    assert told[0][0]["content"] == told[1][0]["content"]
+    assert whole["content"] == "You told me the number 4711."
+    assert (heard[0]["content"], heard[0]["audio"]) == (whole["content"], whole["audio"])
