@@ -4,6 +4,7 @@ from typing import Any
 
 import attrs
 
+from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Done, Rejected, Snapshot, Status, StatusReply, Steer, Watch
 from tests.support.relay import Peer, peer
 
@@ -37,7 +38,11 @@ class OperatorView:
         async with peer(self.url, "operator") as operator:
             operator.send(Status(request_id=request_id))
             answer = await operator.next(StatusReply, Rejected)
-            return answer if isinstance(answer, StatusReply) else None
+            if isinstance(answer, StatusReply):
+                return answer
+            if answer.code != ErrorCode.REQUEST_NOT_FOUND:
+                raise SteerRefused(f"status {request_id}: {answer}")
+            return None
 
     async def state(self, request_id: str) -> str:
         """The state of a request; empty where the relay has none of this id."""

@@ -309,6 +309,10 @@ class Ledger:
             for each in pauses
         ):
             found.add(Cause.PAUSED)
+        away = [each for each in self.faults if each.target == "relay"]
+        away_s = sum(max(0.0, min(each.healed_at, until) - max(each.began_at, case.began_at)) for each in away)
+        if away_s >= self.windows.queue_timeout_s / 3:  # on a busy machine, it takes seconds to start
+            found.add(Cause.RELAY_AWAY)
         if case.cancelled_at is not None and case.cancelled_at <= until:
             found.add(Cause.CANCELLED)
         if not case.detached and self._was_unheld(case, until):

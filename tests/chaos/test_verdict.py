@@ -101,8 +101,9 @@ def test_what_came_before_a_failure_must_be_the_beginning() -> None:
         (attrs.evolve(LOOSE, retry="always"), "failed worker_lost", KILLED, False),
         (LOOSE, "failed engine_failed", KILLED, False),
         (LOOSE, "failed engine_failed", frozenset({Cause.SLOT_KILLED}), True),
-        (PLAN, "failed queue_timeout", frozenset(Cause) - {Cause.PAUSED}, False),
+        (PLAN, "failed queue_timeout", frozenset(Cause) - {Cause.PAUSED, Cause.RELAY_AWAY}, False),
         (PLAN, "failed queue_timeout", frozenset({Cause.PAUSED}), True),
+        (PLAN, "failed queue_timeout", frozenset({Cause.RELAY_AWAY}), True),
         (PLAN, "failed internal", frozenset(Cause), False),
         (PLAN, "rejected request_not_found", frozenset(Cause), False),
         (PLAN, "ProtocolError", frozenset(Cause), False),
@@ -285,6 +286,21 @@ async def test_only_a_long_pause_of_its_own_space_lets_a_request_time_out() -> N
     ):
         ledger.faults = [Fault("paused", target, now + began_s, now + healed_s)]
         assert (Cause.PAUSED in ledger.causes(case, now + 100.0)) is excused
+
+
+@pytest.mark.trio
+async def test_only_a_relay_that_was_long_away_lets_a_request_time_out() -> None:
+    ledger = Ledger(Windows(worker_grace_s=5.0, unheard_grace_s=1.5, resume_window_s=8.0, promised_s=15.0), 0.0)
+    case = ledger.open_case(PLAN, "00" * 16, "client 1")
+    case.detached, now = True, case.began_at
+    for spans, target, excused in (
+        ([(0.0, 8.0), (20.0, 27.0), (40.0, 46.0)], "relay", True),
+        ([(0.0, 8.0), (20.0, 27.0)], "relay", False),
+        ([(-15.0, 8.0), (20.0, 27.0)], "relay", False),
+        ([(0.0, 60.0)], "worker a", False),
+    ):
+        ledger.faults = [Fault("kill -9", target, now + began_s, now + healed_s) for began_s, healed_s in spans]
+        assert (Cause.RELAY_AWAY in ledger.causes(case, now + 61.0)) is excused
 
 
 @pytest.mark.trio

@@ -22,6 +22,7 @@ class Cause(StrEnum):
     RELAY_RESTARTED = "the relay was restarted"
     UNHELD = "no connection held it for longer than the resume window"
     PAUSED = "its space was paused for longer than queue_timeout_s"
+    RELAY_AWAY = "the relay was away for a third of queue_timeout_s, which counts all the same"
     CANCELLED = "its client cancelled it"
     SOURCE_ENDED = "its source failed or was cancelled"
     SOURCE_LOST = "an attempt of its source was lost"
@@ -146,7 +147,7 @@ def _judge_end(plan: Plan, reception: Reception, causes: frozenset[Cause]) -> st
     allowed: set[str] = set()
     if plan.queue_timeout_s is not None and reception.ended_at - reception.began_at >= plan.queue_timeout_s:
         allowed.add("queue_timeout")
-    if Cause.PAUSED in causes:
+    if causes & {Cause.PAUSED, Cause.RELAY_AWAY}:
         allowed.add("queue_timeout")
     if Cause.SOURCE_ENDED in causes or (plan.retry == "never" and Cause.SOURCE_LOST in causes):
         allowed.add("source_failed")
