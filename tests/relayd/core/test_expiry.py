@@ -54,9 +54,10 @@ async def told_paused(relay: Daemon) -> str:
 
 @pytest.mark.trio
 async def test_a_worker_that_said_nothing_is_waited_for_no_longer_than_a_second_attempt_is_promised(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert UNHEARD_GRACE_S == 1.5
+    monkeypatch.setattr("relayd.core.workers.UNHEARD_GRACE_S", UNHEARD_GRACE_S)
     for grace_s, waits_s in ((30.0, 1.5), (1.0, 1.0)):
         async with (
             daemon(tmp_path / str(grace_s), limits={"worker_grace_s": grace_s}) as relay,
