@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
+from rich.color import ColorSystem
+from textual._compositor import CompositorUpdate
 from textual.app import App, ScreenStackError
 from textual.binding import Binding, BindingType
 from textual.driver import Driver
@@ -15,6 +17,7 @@ from textual.filter import LineFilter
 from textual.message import Message
 from textual.screen import Screen
 from textual.timer import Timer
+from textual.widgets import Input
 
 from protocol.wire.messages import Done, Rejected
 from tui.model.actions import Plan
@@ -25,8 +28,8 @@ from tui.model.row_filter import searchable_text
 from tui.screens import tables
 from tui.screens.base import RelayScreen
 from tui.screens.dialogs import HelpDialog, JumpDialog
+from tui.terminal.cell_buffer import CellBuffer
 from tui.terminal.exit_guard import EXIT_OF, ExitGuard
-from tui.terminal.minimal_updates import minimize_update
 from tui.terminal.trio_bridge import Bridge
 from tui.themes import themes
 from tui.widgets.cell_widget import Piece
@@ -35,6 +38,10 @@ from tui.widgets.cell_widget import Piece
 RATES = (0.2, 0.5, 1.0, 2.0, 4.0)
 #: How long a notice stays in the last line.
 NOTICE_S = 8.0
+#: Textual repaints two or three times for one key; what comes within this time is sent together.
+TOGETHER_S = 0.03
+#: How long to wait before looking again whether the terminal keeps up.
+BEHIND_S = 0.05
 #: Short enough to feel immediate, long enough to combine changes that arrive together into one draw.
 SOON_S = 0.05
 MAX_FOUND = 50
@@ -59,6 +66,7 @@ class RelayTui(App[int]):
         readonly: show that steering is not offered; the relay itself enforces it.
         theme: a name that `choose_theme` accepts.
         ascii_only: draw with ASCII characters only.
+        rate: draws a second, one of `RATES`.
         clock: monotonic seconds.
 
     Attributes:
@@ -79,11 +87,14 @@ class RelayTui(App[int]):
             for number, name in enumerate(SCREENS_BY_NAME, 1)
         ),
         Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("f1", "help", "Help", show=False, key_display="F1"),
         Binding("q", "quit", "Quit"),
         Binding("colon", "jump", "Jump", key_display=":"),
         Binding("p", "freeze", "Freeze"),
         Binding("plus,equals_sign", "rate(1)", "Draw more often", show=False, key_display="+"),
         Binding("minus", "rate(-1)", "Draw less often", show=False, key_display="-"),
+        Binding("ctrl+l", "repaint", "Draw everything again", show=False),
+        Binding("ctrl+z", "suspend_process", "To the shell; fg returns", show=False),
         Binding("ctrl+c", "interrupt", "Quit", show=False, priority=True),
     ]
 
@@ -101,6 +112,7 @@ class RelayTui(App[int]):
         readonly: bool = False,
         theme: str = "auto",
         ascii_only: bool = False,
+        rate: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         driver_class: type[Driver] | None = None,
     ) -> None:
@@ -113,7 +125,7 @@ class RelayTui(App[int]):
         self.readonly = readonly
         self.model = RelayModel()
         self.frozen_at: float | None = None
-        self.rate = 1.0
+        self.rate = rate
         self.notice: Piece = ("", "")
         self.space: str | None = None
         self.ending = ExitGuard()
@@ -124,7 +136,7 @@ class RelayTui(App[int]):
         self._soon: Timer | None = None
         self._notice_timer: Timer | None = None
         self._drawn_known = (False, False)
-        self._owed = False
+        self._sending: asyncio.TimerHandle | None = None
 
     # -- beginning and end -------------------------------------------------------------------------------------
 
@@ -196,17 +208,10 @@ class RelayTui(App[int]):
         self.draw()
 
     def draw(self) -> None:
-        """Bring the screen up to date; postponed while the terminal is not reading."""
+        """Bring the screen up to date."""
         if not self.is_running:
             return  # it is shutting down: a tick of the clock may find a screen without its widgets
-        if self._behind:
-            self._owed = True
-            return
-        screen = self._on_top
-        if self._owed and screen is not None:
-            self._owed = False
-            screen.refresh()
-        if isinstance(screen, RelayScreen):
+        if isinstance(screen := self._on_top, RelayScreen):
             screen.redraw()
 
     @property
@@ -216,17 +221,51 @@ class RelayTui(App[int]):
             return self.screen
         return None
 
-    @property
-    def _behind(self) -> bool:
-        """Whether the terminal has stopped reading; it gets the whole screen once it reads again."""
-        return bool(getattr(self._driver, "behind", False))
-
     def _display(self, screen: Screen[object], renderable: object) -> None:
-        """Send an update to the terminal; Textual passes every update through here."""
-        if self._behind:
-            self._owed = True
-        else:
-            super()._display(screen, minimize_update(renderable))  # type: ignore[arg-type]
+        """Paint an update into the cells of the terminal; Textual passes every update through here."""
+        cells = self._cells
+        if cells is None or not isinstance(renderable, CompositorUpdate) or self._batch_count or self._closed:
+            super()._display(screen, renderable)  # type: ignore[arg-type]
+            return
+        cells.resize(*self.size)
+        cells.paint(renderable, self.console._color_system or ColorSystem.TRUECOLOR)
+        self._send_soon(TOGETHER_S)
+
+    @property
+    def _cells(self) -> CellBuffer | None:
+        """What the terminal shows and is to show; None in a test without a terminal."""
+        return getattr(self._driver, "cells", None)
+
+    @property
+    def sending(self) -> bool:
+        """Whether something is to be sent to the terminal in a moment."""
+        return self._sending is not None
+
+    def _send_soon(self, seconds: float) -> None:
+        if self._sending is None:
+            self._sending = asyncio.get_running_loop().call_later(seconds, self._send)
+
+    def _send(self) -> None:
+        """Send the difference; while the terminal does not keep up, wait, and send fewer and larger ones."""
+        self._sending = None
+        driver, cells = self._driver, self._cells
+        if driver is None or cells is None or not self._running or self._closed:
+            return
+        if getattr(driver, "behind", False):
+            self._send_soon(BEHIND_S)
+            return
+        cursor = self.cursor_position if isinstance(self.focused, Input) else None
+        if text := cells.difference(cursor):
+            self._begin_update()
+            driver.write(text)
+            self._end_update()
+            driver.flush()
+
+    def action_repaint(self) -> None:
+        """Draw everything again, over whatever another program has written into the picture."""
+        if (cells := self._cells) is not None:
+            cells.forget()
+            self._send_soon(0)
 
     def show_notice(self, text: str, token: str = "") -> None:
         """Show a notice in the last line for a while."""

@@ -77,7 +77,14 @@ async def _run(args: argparse.Namespace) -> int:
     source: Source = RelaySource(args.url, readonly=args.readonly)
     if args.demo:
         source = Simulated(Demo(args.demo, readonly=args.readonly))
-    app = RelayTui(source, readonly=args.readonly, theme=args.theme, ascii_only=args.ascii, driver_class=RelayDriver)
+    app = RelayTui(
+        source,
+        readonly=args.readonly,
+        theme="ansi" if args.thrifty and args.theme == "auto" else args.theme,
+        ascii_only=args.ascii,
+        rate=0.5 if args.thrifty else 1.0,
+        driver_class=RelayDriver,
+    )
     app.ending.keep_terminal()
     # Without the mouse, text can be selected as in any terminal, and moving the mouse sends nothing.
     code = 1
@@ -104,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--once", action="store_true", help="print the overview once and exit")
     parser.add_argument("--json", action="store_true", help="like --once, but print JSON")
     parser.add_argument("--theme", choices=NAMES, default="auto", help="colours to use; NO_COLOR takes precedence")
+    parser.add_argument("--thrifty", action="store_true", help="for a slow line: 16 colours, drawn every 2 s")
     parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters only")
     demo: dict[str, Any] = {"nargs": "?", "const": SCENES[0], "choices": SCENES, "metavar": "SCENE"}
     parser.add_argument("--demo", help=f"show a simulated relay: {', '.join(SCENES)}", **demo)

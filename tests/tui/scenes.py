@@ -55,7 +55,7 @@ def in_utc() -> Iterator[None]:
         time.tzset()
 
 
-async def _settled(pilot: Pilot[int]) -> None:
+async def settled(pilot: Pilot[int]) -> None:
     """Drawn, laid out for what was drawn, and drawn again for the new layout, until nothing moves any more."""
     app, same, before = pilot.app, 0, ""
     assert isinstance(app, RelayTui)
@@ -82,9 +82,9 @@ async def at_scene(
         async with app.run_test(size=size) as pilot:
             while not app.model.known or app.model.link.up is lost:
                 await pilot.pause()
-            await _settled(pilot)
+            await settled(pilot)
             for key in keys:
                 await pilot.press(key)
-                await _settled(pilot)
+                await settled(pilot)
             yield pilot
         await app.close()

@@ -48,6 +48,7 @@ def test_the_documents_name_every_key() -> None:
     }
     text = (ROOT / "docs/tui.md").read_text()
     named = {"escape": "Esc", "ctrl+c": "Ctrl+C", "enter": "Enter", "space": "Space", "home": "Home", "end": "End"}
+    named |= {"ctrl+l": "Ctrl+L", "ctrl+z": "Ctrl+Z"}
     named |= {"up": "arrows", "down": "arrows", "pageup": "PgUp", "pagedown": "PgDn"}
     assert {key for key in shown if f"`{key}`" not in text and named.get(key, "`") not in text} == set()
 

@@ -1,12 +1,14 @@
 """The screen in a real terminal: how much it sends, and how it ends."""
 
+import os
 import signal
 import termios
 import time
 
+import pyte
 import pytest
 
-from tests.tui.pty import PtyProcess, on_a_pty
+from tests.tui.pty import START_S, PtyProcess, on_a_pty
 from tui.terminal.exit_guard import EXIT_OF
 
 DEMO = ["-m", "tui.cli", "--demo"]
@@ -85,17 +87,58 @@ def test_a_terminal_that_takes_nothing_does_not_keep_it_from_ending() -> None:
         assert terminal.settings() == before
 
 
-def test_after_a_stall_the_whole_screen_is_drawn_again() -> None:
+def test_after_a_stall_it_shows_the_screen_asked_for_last() -> None:
     with on_a_pty([*DEMO, "busy"], columns=200, lines=60) as terminal:
         settled(terminal)
-        for _ in range(12):
+        for _ in range(5):
             terminal.press("12345678")
             time.sleep(0.1)
-        terminal.press("3")
-        terminal.read_for(3)
-        terminal.output = b""
         terminal.press("2")
-        terminal.read_until("RTF")
+        screen = pyte.Screen(200, 60)
+        stream, fed = pyte.ByteStream(screen), 0
+
+        def elsewhere() -> bool:
+            nonlocal fed
+            new, fed = terminal.output[fed:], len(terminal.output)
+            stream.feed(new)
+            return "relay › spaces" not in screen.display[1] or "Description" not in screen.display[2]
+
+        terminal.read_while(elsewhere, 4 * START_S, "it was not shown")
+
+
+def test_ctrl_l_draws_over_what_another_program_has_written() -> None:
+    with on_a_pty([*DEMO, "empty"]) as terminal:
+        settled(terminal)
+        terminal.output = b""
+        terminal.press("\x0c")
+        terminal.read_until("overview")
+        assert b"\x1b[2J" in terminal.output
+
+
+def has_stopped(pid: int) -> bool:
+    return os.waitpid(pid, os.WUNTRACED | os.WNOHANG)[0] != 0
+
+
+def test_ctrl_z_hands_the_terminal_back_and_fg_draws_everything_again() -> None:
+    with on_a_pty([*DEMO, "empty"]) as terminal:
+        before = terminal.settings()
+        settled(terminal)
+        terminal.press("\x1a")
+        terminal.read_while(lambda: not has_stopped(terminal.process.pid), ENDS_S, "it did not stop")
+        assert_restored(terminal, before)
+        assert b"\x1b[0m\x1b[?2004l" in terminal.output, "without a colour of ours"
+        terminal.output = b""
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.read_until("overview")
+        assert b"\x1b[?1049h" in terminal.output
+        assert not terminal.settings()[3] & termios.ECHO
+
+
+def test_thrifty_sends_no_colours_but_the_terminals_own_and_draws_every_2_s() -> None:
+    with on_a_pty([*DEMO, "broken", "--thrifty"]) as terminal:
+        settled(terminal, "0.5 Hz")
+        for colour in (b"[38;", b";38;", b"[48;", b";48;"):
+            assert colour not in terminal.output
 
 
 def test_the_mouse_is_left_to_the_terminal() -> None:
