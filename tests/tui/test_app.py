@@ -349,23 +349,6 @@ async def test_names_cannot_steer_the_terminal() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_terminal_that_does_not_keep_up_is_sent_nothing_more_and_later_all() -> None:
-    async with a_stage(screen="4") as stage:
-        await stage.snapshot(requests=[a_request("a" * 32)])
-        behind = [True]
-        driver = stage.app._driver
-        type(driver).behind = property(lambda _self: behind[0])  # type: ignore[union-attr]
-        try:
-            await stage.delta(requests=[a_request("b" * 32)])
-            assert "bbbbbbbb" not in stage.text
-            behind[0] = False
-            await stage.draw()
-            assert "bbbbbbbb" in stage.text
-        finally:
-            del type(driver).behind  # type: ignore[union-attr]
-
-
-@pytest.mark.asyncio
 async def test_a_tick_of_the_clock_while_the_screen_closes_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: list[bool] = []
 

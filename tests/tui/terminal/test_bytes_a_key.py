@@ -59,6 +59,8 @@ MOST_FIRST_BYTES = {(80, 24): 6_000, (120, 40): 12_000}
 class Recorder(headless_driver.HeadlessDriver):
     """A driver with cells and no terminal behind it."""
 
+    behind = False
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.cells = CellBuffer(fills=True)
@@ -117,3 +119,32 @@ async def test_a_key_sends_little_and_shows_what_was_drawn(
             if (sent := took()) > most[size == (120, 40)]:
                 over.append(f"{key}: {sent}")
     assert not over
+
+
+@pytest.mark.asyncio
+async def test_a_terminal_that_does_not_keep_up_is_sent_nothing_more_and_later_one_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(headless_driver, "HeadlessDriver", Recorder)
+    screen = pyte.Screen(80, 24)
+    stream = pyte.Stream(screen)
+    async with at_scene("busy", (80, 24), "dark") as pilot:
+        app = pilot.app
+        assert isinstance(app, RelayTui)
+        driver = recorder_of(app)
+        await drawn(pilot)
+        stream.feed("\x1b[?7l" + "".join(driver.sent))
+        driver.sent.clear()
+        driver.behind = True
+        for key in "2347":
+            await pilot.press(key)
+            app.draw()
+            await pilot.pause()
+        assert app.sending
+        assert driver.sent == []
+        driver.behind = False
+        await drawn(pilot)
+        sent = "".join(driver.sent)
+        stream.feed(sent)
+        assert screen.display[1].startswith("relay › log")
+        assert len(sent.encode()) <= max(most for _, most, _ in MOST_BYTES)
