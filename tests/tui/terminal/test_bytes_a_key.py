@@ -141,7 +141,7 @@ async def test_a_terminal_that_does_not_keep_up_is_sent_nothing_more_and_later_o
             app.draw()
             await pilot.pause()
         assert app.sending
-        assert driver.sent == []
+        assert not any("\x1b[" in one for one in driver.sent), "but the shape of the pointer, which Textual sets"
         driver.behind = False
         await drawn(pilot)
         sent = "".join(driver.sent)
