@@ -75,10 +75,13 @@ class Talker(WebPeer):
                 for saying in sayings:
                     await self._say(saying, listening)
                     await self._pry()
+                    patience.deadline = trio.current_time() + END_S
             await self._judge(await self._settled())
             await self._delete()
         if patience.cancelled_caught:
             self._complain(f"no end within {END_S:g} s")
+            with trio.move_on_after(END_S):
+                await self._delete()  # or the next conversation would have its turns
         self.counts["conversations"] += 1
         self._stale |= {each.saying.text for each in self.talk.said if not each.acknowledged}
 
