@@ -21,6 +21,7 @@ from textual.widgets import Input
 
 from protocol.wire.messages import Done, Rejected
 from tui.model.actions import Plan
+from tui.model.failures import Failures
 from tui.model.feed import Ask, Feed, Listen, Source
 from tui.model.formatting import plain, short_id
 from tui.model.relay_model import RelayModel, RowView
@@ -75,6 +76,7 @@ class RelayTui(App[int]):
         rate: draws a second.
         notice: text shown in the last line instead of the keys.
         space: the space whose queue was shown last.
+        failures: what fails, in groups.
     """
 
     CSS_PATH = "themes/theme.tcss"
@@ -90,6 +92,7 @@ class RelayTui(App[int]):
         Binding("f1", "help", "Help", show=False, key_display="F1"),
         Binding("q", "quit", "Quit"),
         Binding("colon", "jump", "Jump", key_display=":"),
+        Binding("e", "wrong", "What is wrong", show=False),
         Binding("p", "freeze", "Freeze"),
         Binding("plus,equals_sign", "rate(1)", "Draw more often", show=False, key_display="+"),
         Binding("minus", "rate(-1)", "Draw less often", show=False, key_display="-"),
@@ -128,6 +131,7 @@ class RelayTui(App[int]):
         self.rate = rate
         self.notice: Piece = ("", "")
         self.space: str | None = None
+        self.failures = Failures()
         self.ending = ExitGuard()
         self._frozen: RelayModel | None = None
         self._feed = Feed(source, self.model, self._moved, clock=lambda: self.clock())
@@ -315,6 +319,11 @@ class RelayTui(App[int]):
                 self.pop_screen()
         else:
             self.switch_mode(name)
+
+    def action_wrong(self) -> None:
+        """Show what fails."""
+        if isinstance(self._on_top, RelayScreen) and not isinstance(self._on_top, tables.Wrong):
+            self.push_screen(tables.Wrong())
 
     def show_log(self, name: str) -> None:
         """Switch to the log, filtered by a name."""

@@ -18,6 +18,7 @@ from tui.app import RelayTui
 from tui.model.feed import Connected, Disconnected
 from tui.screens.base import RelayScreen
 from tui.screens.dialogs import ConfirmDialog
+from tui.widgets.status_lines import Part, fitted
 
 
 def ids(prefix: str, count: int) -> list[str]:
@@ -374,3 +375,10 @@ async def test_the_detail_of_a_request_shows_what_its_failed_attempts_printed() 
         await stage.draw()
         await stage.until(lambda: "KeyError: 'weights'" in stage.text)
         assert "attempt 1 on box-1:" in stage.text
+
+
+def test_a_smaller_part_takes_the_room_that_a_larger_one_could_not_use() -> None:
+    parts: list[Part] = [(0, [("serving", "")]), (2, [("1st audio 260 ms", "")]), (3, [("errors 3", "")])]
+    assert fitted(parts, 20) == [("serving", ""), ("  ", ""), ("errors 3", "")]
+    assert fitted(parts, 5) == [("serving", "")]
+    assert len(fitted(parts, 60)) == 5

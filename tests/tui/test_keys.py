@@ -77,6 +77,44 @@ async def test_enter_drills_in_and_escape_goes_back_with_a_breadcrumb() -> None:
 
 
 @pytest.mark.asyncio
+async def test_e_leads_from_what_is_wrong_to_the_requests_and_to_one_of_them() -> None:
+    async with a_stage() as stage:
+        await stage.snapshot(requests=[a_request(A)])
+        assert "wrong" not in stage.text
+        why = {"code": "engine_failed", "message": "out of memory", "ended_s": 1.0}
+        await stage.delta(requests=[a_request(key, state="failed", **why) for key in (A, B)])
+        await stage.draw()
+        assert "✗ wrong e opens  2x tts engine_failed out of memory" in stage.text
+        await stage.press("e")
+        await stage.draw()
+        assert stage.lines[1].startswith("relay › overview › wrong  1-1 of 1")
+        assert "x Cancel" not in stage.lines[-1]
+        await stage.press("enter")
+        await stage.draw()
+        assert stage.lines[1].startswith("relay › overview › wrong › tts engine_failed")
+        assert sorted(stage.keys_shown) == [A, B]
+        await stage.press("enter")
+        await stage.draw()
+        assert "engine_failed: out of memory" in stage.text
+        await stage.press("escape", "escape")
+        await stage.delta(requests=[], gone={"requests": [A]})
+        await stage.press("enter")
+        await stage.draw()
+        assert stage.lines[1].startswith("relay › overview › wrong › request bbbbbbbb"), "the only one is opened itself"
+
+
+@pytest.mark.asyncio
+async def test_keys_that_would_do_nothing_are_not_offered() -> None:
+    async with a_stage(screen="4") as stage:
+        await stage.snapshot(requests=[a_request(A, state="completed", ended_s=1.0), a_request(B)])
+        await stage.press("end")
+        assert "x Cancel" not in stage.lines[-1]
+        await stage.press("home")
+        assert "x Cancel" in stage.lines[-1]
+        assert "T To the front" not in stage.lines[-1]
+
+
+@pytest.mark.asyncio
 async def test_the_number_of_the_screen_one_is_in_goes_to_its_beginning() -> None:
     async with a_stage(screen="4") as stage:
         await three_requests(stage)

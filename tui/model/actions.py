@@ -172,4 +172,4 @@ ACTIONS = {
     )
 }
 #: The topic whose rows a table shows, by the table's kind; the kind itself where it is not listed.
-TOPIC_OF = {"queue": "requests"}
+TOPIC_OF = {"queue": "requests", "wrong": "requests"}

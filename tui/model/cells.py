@@ -11,6 +11,8 @@ from tui.model.state_glyphs import Token
 DIM: Token = "dim"
 #: Width of a progress bar beside its percentage.
 BAR_CELLS = 5
+#: A space in which so many of those that ended lately have failed is shown as failing.
+FAILING_PERCENT = 20
 LIVE = ("uploading", "queued", "running")
 
 
@@ -89,6 +91,18 @@ def quantity(
         return Cell(form(value), token)
 
     return cell
+
+
+def space_state(view: RowView, now: float) -> Cell:
+    """The state of a space; `failing` where most of what ended lately has failed."""
+    if is_failing(view) and view.text("state") == "ready":
+        return Cell(state_glyphs.mark("space", "failing"), state_glyphs.look("space", "failing").token)
+    return state("space")(view, now)
+
+
+def is_failing(view: RowView) -> bool:
+    """Whether so many requests of a space fail that something is wrong with it."""
+    return (view.number("error_percent") or 0) >= FAILING_PERCENT
 
 
 def slots(view: RowView, _now: float) -> Cell:

@@ -17,6 +17,7 @@ from tui.model.cells import (
     audit_outcome,
     client_state,
     error_share,
+    is_failing,
     last_seen,
     name_list,
     place,
@@ -26,6 +27,7 @@ from tui.model.cells import (
     request_state,
     short,
     slots,
+    space_state,
     state,
     words,
     worker,
@@ -36,6 +38,8 @@ from tui.model.relay_model import RowView
 
 #: Importance of a column that is shown in however narrow a terminal.
 ALWAYS = 0
+#: The first in a queue has waited long.
+LONG_WAIT_S = 30
 #: Blank cells between two columns.
 GAP = 1
 
@@ -131,11 +135,11 @@ def _place_order(view: RowView) -> Any:
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "spaces": (
         _column("name", "Space", ALWAYS, (12, 40), words("name")),
-        _state("space", 11),
+        _column("state", "State", ALWAYS, 11, space_state, lambda view: _space_trouble(view)[0]),
         _number("workers", "Workers", 5, 7),
         _column("busy", "Slots", 1, 7, slots, lambda view: view.number("busy"), "right"),
         _number("queued", "Queued", ALWAYS, 6),
-        _ageing("oldest_wait_s", "Oldest", 2, 6, warn=30),
+        _ageing("oldest_wait_s", "Oldest", 2, 6, warn=LONG_WAIT_S),
         _number("requests_min", "Req/min", 4, 7),
         _number("first_audio_p95_s", "1st p95", 3, 7, formatting.seconds, warn=2, bad=10),
         _number("rtf", "RTF", 7, 5, formatting.ratio, warn=0.9, bad=1),
@@ -181,6 +185,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _number("audio_s", "Audio", 7, 6, formatting.seconds),
         _column("worker", "Worker", 4, (11, 24), worker_name),
         _column("message", "Why", 8, (16, 80), words("message", DIM, none="")),
+    ),
+    "wrong": (
+        _number("count", "Count", ALWAYS, 6),
+        _column("space", "Space", ALWAYS, (10, 24), words("space")),
+        _column("code", "Error", ALWAYS, (14, 20), words("code", "bad")),
+        _ageing("ended_s", "Last", ALWAYS, 6),
+        _column("principal", "Of", 2, 24, words("principal")),
+        _column("message", "Why", ALWAYS, (16, 200), words("message", DIM, none="")),
     ),
     "queue": (
         _column("position", "#", ALWAYS, 5, position, lambda view: view.position, "right"),
@@ -247,6 +259,7 @@ EMPTY: dict[str, str] = {
     "spaces": "no worker has registered yet: run gpuworker run --space NAME --engine ENGINE",
     "workers": "no worker has registered yet: run gpuworker run --relay URL --space NAME --engine ENGINE",
     "requests": 'no request yet: try relay say "Hello." --space NAME',
+    "wrong": "no request that the relay still knows has failed",
     "queue": "nothing waits in this space",
     "talks": "no conversation is in use; relayd.toml needs [talk]: see docs/talk.md",
     "clients": "no client is connected",
@@ -262,6 +275,16 @@ _ENDED_LAST = {"running": 0, "queued": 1, "uploading": 2}
 def natural(screen: str) -> Callable[[RowView], Any]:
     """The order of a screen's rows while no column is chosen: those that need attention first."""
     return _NATURAL[screen]
+
+
+def _space_trouble(view: RowView) -> tuple[Any, ...]:
+    """The more that is wrong with a space, the sooner it comes; in steps, so that rows seldom change places."""
+    queued, failing = int(view.number("queued") or 0), view.number("error_percent") or 0
+    no_worker, urgency = view.text("state") == "no worker", state_glyphs.look("space", view.text("state")).urgency
+    waits_long = (view.number("oldest_wait_s") or 0) >= LONG_WAIT_S
+    wrong = (no_worker and queued > 0, is_failing(view), no_worker, urgency > 1, waits_long, failing > 0)
+    rank = next((rank for rank, one in enumerate(wrong) if one), len(wrong))
+    return (rank, -queued.bit_length() if rank < len(wrong) else 0, view.text("name").casefold(), view.key)
 
 
 def _trouble_first(kind: state_glyphs.Kind) -> Callable[[RowView], Any]:
@@ -288,9 +311,10 @@ def _answered_first(view: RowView) -> Any:
 
 
 _NATURAL: dict[str, Callable[[RowView], Any]] = {
-    "spaces": _trouble_first("space"),
+    "spaces": _space_trouble,
     "workers": _trouble_first("worker"),
     "requests": _live_first,
+    "wrong": lambda view: (-(view.number("count") or 0), view.key),
     "queue": lambda view: (view.position or 0, view.key),
     "talks": _answered_first,
     "clients": lambda view: (not view.row.get("slow"), view.text("principal").casefold(), view.key),

@@ -87,6 +87,6 @@ def summary(groups: Iterable[RowView]) -> list[tuple[str, str]]:
     """The groups in a line, the largest first: pieces of text with the tokens of their colours."""
     pieces: list[tuple[str, str]] = []
     for view in sorted(groups, key=lambda one: (-(one.number("count") or 0), one.key)):
-        pieces += [(f"{view.text('count')}× ", "bad"), (plain(f"{view.text('space')} {view.text('code')}"), "")]
+        pieces += [(f"{view.text('count')}x ", "bad"), (plain(f"{view.text('space')} {view.text('code')}"), "")]
         pieces += [(plain(f" {view.text('message')}"), "dim"), ("   ", "")]
     return pieces[:-1]

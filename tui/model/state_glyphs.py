@@ -34,6 +34,7 @@ GLYPHS: dict[Kind, dict[str, Glyph]] = {
     },
     "space": {
         "no worker": Glyph("✗", "bad", 3),
+        "failing": Glyph("▲", "bad", 3),
         "paused": Glyph("‖", "warn", 2),
         "ready": Glyph("●", "good", 1),
     },

@@ -188,8 +188,13 @@ class RelayScreen(Screen[None]):
         return [
             (binding, self.app.get_key_display(binding))
             for _, binding, enabled, _ in self.active_bindings.values()
-            if enabled and binding.description and _is_ours(binding, self.host.readonly)
+            if enabled and binding.description and _is_ours(binding, self.host.readonly) and not self._refuses(binding)
         ]
+
+    def _refuses(self, binding: Binding) -> bool:
+        """Whether a key would only say why it does nothing, as an action on what has ended."""
+        views = self._acted_on(binding.id) if binding.id in ACTIONS else None
+        return bool(views) and isinstance(ACTIONS[str(binding.id)].plan(views or ()), str)
 
     # -- keys --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from tui.model.actions import Plan
+from tui.model.failures import Failures
 from tui.model.feed import Ask, Listen
 from tui.model.relay_model import RelayModel
 from tui.widgets.cell_widget import Piece
@@ -17,6 +18,7 @@ class ScreenHost(Protocol):
     rate: float
     notice: Piece
     space: str | None
+    failures: Failures
 
     @property
     def shown(self) -> RelayModel:

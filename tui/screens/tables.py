@@ -9,7 +9,7 @@ from tui.model.relay_model import RelayModel, RowView
 from tui.screens.base import RelayScreen
 from tui.screens.detail import RequestDetail, RowDetail
 from tui.widgets.row_table import RowTable
-from tui.widgets.status_lines import Spark
+from tui.widgets.status_lines import Spark, WrongLine
 
 
 class TableScreen(RelayScreen):
@@ -48,12 +48,18 @@ class Overview(TableScreen):
     def panes(self) -> ComposeResult:
         """The tables one below the other, with the rates of the last minute."""
         yield RowTable("spaces", id="spaces")
+        yield WrongLine(id="wrong", classes="pane")
         yield RowTable("requests", id="requests")
         yield Spark(id="spark", classes="pane")
 
     def redraw_panes(self, model: RelayModel, now: float) -> None:
         """Size the tables and draw the rates."""
         self.query_one(Spark).show(model, now)
+        wrong = self.query_one(WrongLine)
+        wrong.show(groups := self.host.failures.groups(model))
+        if wrong.has_class("some") is not bool(groups):
+            wrong.set_class(bool(groups), "some")
+            self.call_after_refresh(self.redraw)
         # Show as many lines as there are spaces, but leave the larger part to the requests.
         least = max(4, min(len(model.rows("spaces")) + 2, (self.size.height - 5) // 2))
         wanted = "1fr" if self.has_class("zoomed") else str(least)
@@ -125,6 +131,51 @@ class Queue(TableScreen):
     def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
         """The queued requests of the space."""
         return model.queue(self.space)
+
+
+class Wrong(TableScreen):
+    """Lists what fails: failed requests with the same space, code and message are one row."""
+
+    KIND = "wrong"
+
+    def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
+        """The groups of failed requests."""
+        return self.host.failures.groups(model)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer nothing that needs a single request."""
+        return False if action in ("act", "copy") else super().check_action(action, parameters)
+
+    def action_log(self) -> None:
+        """Show the log lines of the latest of these requests."""
+        if self.table is not None and self.table.view is not None:
+            self.host.show_log(self.table.view.text("request_id"))
+
+    def entered(self, view: RowView) -> None:
+        """Open the only request of the group, or list its requests."""
+        if view.number("count") == 1:
+            self.app.push_screen(RequestDetail(view.text("request_id")))
+        else:
+            self.app.push_screen(FailedRequests(view))
+
+
+class FailedRequests(TableScreen):
+    """Lists the failed requests of one group."""
+
+    KIND = "requests"
+
+    def __init__(self, group: RowView) -> None:
+        super().__init__()
+        self._group = group
+
+    @property
+    def title_text(self) -> str:
+        """What they have in common."""
+        return plain(f"{self._group.text('space')} {self._group.text('code')}")
+
+    def rows_of(self, kind: str, model: RelayModel) -> Iterable[RowView]:
+        """The failed requests of the group."""
+        return self.host.failures.requests_of(model, self._group.key)
 
 
 class Clients(TableScreen):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from tui.model import formatting, state_glyphs
-from tui.model.relay_model import HISTORY_S, RelayModel
+from tui.model.failures import summary
+from tui.model.relay_model import HISTORY_S, RelayModel, RowView
 from tui.widgets.cell_widget import CellWidget, Piece
 
 #: A piece of a line with its importance; parts with 0 are dropped last.
@@ -15,11 +16,16 @@ GAP = "  "
 
 def fitted(parts: Sequence[Part], width: int) -> list[Piece]:
     """Join the parts with gaps, leaving out the least important ones until they fit."""
-    kept = [part for part in parts if part[1]]
-    while len(kept) > 1 and sum(_width(part) for part in kept) + len(GAP) * (len(kept) - 1) > width:
-        kept.remove(max(kept, key=lambda part: part[0]))
+    there = [part for part in parts if part[1]]
+    left, kept = width + len(GAP), set[int]()
+    # The most important first; a smaller one takes the room that a larger one could not use.
+    for at in sorted(range(len(there)), key=lambda at: (there[at][0], at)):
+        cells = _width(there[at]) + len(GAP)
+        if cells <= left or not kept:
+            kept.add(at)
+            left -= cells
     pieces: list[Piece] = []
-    for _, part in kept:
+    for _, part in (there[at] for at in sorted(kept)):
         pieces += [(GAP, "")] if pieces else []
         pieces += part
     return pieces
@@ -65,7 +71,8 @@ def status(model: RelayModel, now: float) -> list[Part]:
     parts.append(lost or (0, [(state_glyphs.mark("relay", relay.text("state")), state.token)]))
     up_s = relay.aged("uptime_s", now) or 0.0
     # In whole minutes: seconds would send bytes every second for nothing.
-    parts.append((6, [("up ", "dim"), (formatting.age(up_s // 60 * 60) if up_s >= 60 else "<1m", "")]))
+    up = "<1m" if up_s < 60 else f"{up_s // 60:.0f}m" if up_s < formatting.HOUR_S else formatting.age(up_s)
+    parts.append((6, [("up ", "dim"), (up, "")]))
     trouble = sum(worker.text("state") in ("stale", "away") for worker in model.rows("workers"))
     workers: list[Piece] = [("workers ", "dim"), (f"{row.number('workers') or 0:.0f}", "")]
     parts.append((2, [*workers, (f" ({trouble} stale or away)", "bad")] if trouble else workers))
@@ -95,6 +102,22 @@ def _link(model: RelayModel, now: float) -> Part | None:
         0,
         [(f"{state_glyphs.look('relay', 'lost').glyph} {what}", "bad"), (f": {formatting.plain(link.why)}", "dim")],
     )
+
+
+class WrongLine(OneLine):
+    """What fails, in one line; not there while nothing does."""
+
+    DEFAULT_CSS = """
+    WrongLine { display: none; }
+    WrongLine.some { display: block; }
+    """
+
+    def show(self, groups: Sequence[RowView]) -> None:
+        """Draw the groups of failed requests."""
+        if self.size.width and groups:
+            look = state_glyphs.look("request", "failed")
+            head: list[Piece] = [(f"{look.glyph} wrong ", look.token), ("e", "accent"), (" opens  ", "dim")]
+            self.draw([self.line_of([*head, *summary(groups)])])
 
 
 class Spark(CellWidget):

@@ -13,10 +13,11 @@ from tests.support.fake_worker import fake_worker
 from tests.support.relay import a_config, an_id, peer, running
 from tests.support.talking import ANN
 from tui.demo.source import Demo
+from tui.model.actions import TOPIC_OF
 from tui.model.columns import COLUMNS
 
 #: Columns made from other keys of the row.
-MADE = {"place", "state"}
+MADE = {"place", "state", "count"}
 
 
 async def told_by_a_relay(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,5 +66,5 @@ async def test_every_column_shows_a_key_that_a_relay_tells(tmp_path: Path) -> No
     with trio.fail_after(30):
         told, _ = await told_by_a_relay(tmp_path)
     for kind, columns in COLUMNS.items():
-        known = keys(told["requests" if kind == "queue" else kind]) | MADE | {"worker"}
+        known = keys(told[TOPIC_OF.get(kind, kind)]) | MADE | {"worker"}
         assert {column.key for column in columns} <= known

@@ -184,6 +184,29 @@ def test_what_is_wrong_comes_first_among_spaces_and_workers() -> None:
     assert ordered("workers", "workers", a_picture(workers=workers)) == ["3", "4", "2", "1"]
 
 
+def test_the_more_is_wrong_with_a_space_the_sooner_it_comes() -> None:
+    spaces: list[dict[str, Value]] = [
+        {"name": "calm", "state": "ready"},
+        {"name": "busy", "state": "ready", "queued": 40, "oldest_wait_s": 5.0},
+        {"name": "some-errors", "state": "ready", "error_percent": 2.0},
+        {"name": "slow", "state": "ready", "queued": 3, "oldest_wait_s": 31.0},
+        {"name": "paused", "state": "paused", "queued": 9},
+        {"name": "unused", "state": "no worker", "queued": 0},
+        {"name": "failing", "state": "ready", "error_percent": 75.0},
+        {"name": "few", "state": "no worker", "queued": 30},
+        {"name": "many", "state": "no worker", "queued": 3_334},
+    ]
+    assert ordered("spaces", "spaces", a_picture(spaces=spaces)) == [
+        "many", "few", "failing", "unused", "paused", "slow", "some-errors", "busy", "calm",
+    ]  # fmt: skip
+
+
+def test_a_space_in_which_a_fifth_fails_is_failing() -> None:
+    assert said("spaces", "state", a_view("spaces", state="ready", error_percent=20.0)) == ("▲ failing", "bad")
+    assert said("spaces", "state", a_view("spaces", state="ready", error_percent=19.9)) == ("● ready", "good")
+    assert said("spaces", "state", a_view("spaces", state="paused", error_percent=75.0)) == ("‖ paused", "warn")
+
+
 def test_requests_are_running_then_queued_in_order_then_the_latest_that_ended() -> None:
     rows: list[dict[str, Value]] = [
         {"request_id": "old", "state": "failed", "ended_s": 60.0, "age_s": 70.0},

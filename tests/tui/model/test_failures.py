@@ -59,5 +59,5 @@ def test_groups_follow_the_requests() -> None:
 def test_the_line_has_the_largest_group_first_and_nothing_that_a_terminal_obeys() -> None:
     model = model_of(failed("a", message="rare\x1b[2J"), failed("b"), failed("c"))
     text = "".join(part for part, _ in summary(Failures().groups(model)))
-    assert text == "2× tts engine_failed out of memory   1× tts engine_failed rare\\x1b[2J"
+    assert text == "2x tts engine_failed out of memory   1x tts engine_failed rare\\x1b[2J"
     assert summary([]) == []

@@ -33,6 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "spaces": a_space("tts"),
     "workers": a_worker("w"),
     "requests": a_request("r", worker_id="w", fraction=0.5, ended_s=1.0),
+    "wrong": a_request("r", state="failed", count=2, code="engine_failed", ended_s=1.0, message="it broke"),
     "queue": a_request("r", state="queued", position=1, queued_s=1.0),
     "talks": a_talk("t", reply_s=1.0, said_s=2.0, code="no_worker"),
     "clients": a_client("c"),
