@@ -98,6 +98,9 @@ class Reload:
         if (old.tls is None) != (new.tls is None):
             kept["tls"] = old.tls
         kept["talk"] = _reloaded_talk(old.talk, new.talk)
+        kept["wyoming"] = old.wyoming
+        if old.wyoming is not None and new.wyoming is not None:
+            kept["wyoming"] = attrs.evolve(new.wyoming, listen=old.wyoming.listen)  # it is open
         applied = attrs.evolve(new, **kept)
         if self.tls_context is not None and applied.tls is not None:
             load_certificate(self.tls_context, applied.tls)  # always: a renewed certificate has the same file name

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
+from typing import Protocol
 
 import attrs
 import structlog
@@ -21,7 +22,16 @@ from relayd.config.schema import Config
 from relayd.config_reload import Reload
 from relayd.connections.budget import ConnectionBudget
 from relayd.connections.gateway import Gateway
-from relayd.connections.listener import Entrance, describe, open_doors, open_listeners, serve_listeners
+from relayd.connections.listener import (
+    Entrance,
+    Port,
+    Serve,
+    describe,
+    open_doors,
+    open_listeners,
+    serve_foreign,
+    serve_listeners,
+)
 from relayd.core.admission import Admission
 from relayd.core.clock import RelayClock, serve_clock
 from relayd.core.positions import serve_positions
@@ -151,7 +161,12 @@ async def open_daemon(
     """
     tls_context = make_tls_context(config)
     doors = [*doors, *_talk_doors(config)]
-    async with open_store(config) as store, open_listeners(config) as listeners, open_doors(doors) as opened:
+    async with (
+        open_store(config) as store,
+        open_listeners(config) as listeners,
+        open_doors(doors) as opened,
+        open_doors(_wyoming_port(config)) as wyoming_listeners,
+    ):
         loaded = await store.load()
         # Entered last, and so left first: `on_leave` is called before a nursery waits for its tasks.
         async with trio.open_nursery() as nursery, _calling(on_leave):
@@ -163,6 +178,8 @@ async def open_daemon(
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
             http = HttpServer(http_context, make_app(http_context, _talk_routes(http_context)))
             door_servers = [HttpServer(http_context, door.make_app(http_context)) for door in doors]
+            foreign = [(sockets, _wyoming_server(http_context)) for sockets in wyoming_listeners]
+            servers: list[Server] = [http, *door_servers, *(server for _, server in foreign)]
             await restore(relay, loaded)
             nursery.start_soon(serve_settling, relay, loaded.workers)
             nursery.start_soon(admission.serve)
@@ -200,11 +217,14 @@ async def open_daemon(
                         async with trio.open_nursery() as each:
                             for sockets, entrance in zip([listeners, *opened], entrances, strict=True):
                                 each.start_soon(serve_listeners, sockets, entrance, connections)
+                            for sockets, server in foreign:
+                                each.start_soon(serve_foreign, sockets, budget, server.serve, connections)
 
                 connections.start_soon(accept)
                 urls = describe(listeners, tls=tls_context is not None)
                 relay.urls = list(urls)
                 door_urls = describe([*chain(*opened)], tls=tls_context is not None)
+                door_urls += describe([*chain(*wyoming_listeners)], tls=False, scheme="tcp")
                 log.info(
                     "listening",
                     urls=urls,
@@ -215,7 +235,8 @@ async def open_daemon(
                 )
                 if config.exposed:
                     log.warning(PLAIN_TEXT, listen=", ".join(config.exposed))
-                accepted = dict(zip([*urls, *door_urls], chain(listeners, *opened), strict=True))
+                everywhere = chain(listeners, *opened, *wyoming_listeners)
+                accepted = dict(zip([*urls, *door_urls], everywhere, strict=True))
                 nursery.start_soon(HealthService(relay, accepted, manager).serve)
                 yield Daemon(relay, tokens, http_context, urls, door_urls, gateway, shutdown)
                 on_leave()
@@ -223,7 +244,7 @@ async def open_daemon(
                 for space in relay.spaces.values():  # so that no deadline fires while the links are being closed
                     space.closed.set()
                 await _close_links({*reactor.links, *(each.link for each in relay.connections.values())})
-                for server in (http, *door_servers):
+                for server in servers:
                     await server.close()
                 connections.cancel_scope.cancel()
             with trio.move_on_after(CLOSE_S):  # after an immediate exit, results may not be stored yet
@@ -248,6 +269,40 @@ def _talk_doors(config: Config) -> list[Door]:
     from relayd.talk.routes import doors
 
     return doors(config.talk)
+
+
+class Server(Protocol):
+    """Serves connections until it is closed."""
+
+    async def close(self) -> None:
+        """Accept no more requests, and wait a moment for the connections to end."""
+
+
+class ForeignServer(Server, Protocol):
+    """Serves connections of another protocol."""
+
+    @property
+    def serve(self) -> Serve:
+        """Serves a connection to its end."""
+
+
+def _wyoming_port(config: Config) -> list[Port]:
+    return [] if config.wyoming is None else [ForeignPort(config.wyoming.listen, "[wyoming] listen")]
+
+
+def _wyoming_server(context: HttpContext) -> ForeignServer:
+    """Return the server of the Wyoming protocol; nothing of it is imported without [wyoming]."""
+    from relayd.wyoming.server import WyomingServer
+
+    return WyomingServer(context)
+
+
+@attrs.frozen
+class ForeignPort:
+    """A further port, with a protocol of its own; see `Port`."""
+
+    listen: str
+    setting: str
 
 
 @asynccontextmanager

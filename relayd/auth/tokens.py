@@ -33,6 +33,8 @@ PRINCIPAL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 #: A space name, with the wildcards of fnmatch.
 SPACE_GLOB = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,128}")
 TOKEN_ID_PREFIX = "tok_"
+#: Patterns that match no space.
+NO_SPACES = ("",)
 
 _PREFIXES = {role: f"rly_{role[0]}_" for role in ROLES}
 #: Role of a token -> roles it may log in as.
@@ -202,6 +204,15 @@ class TokenRegistry:
         if record is None or not record.live(now) or "client" not in _LOGINS[record.role]:
             return None
         return _principal(record, "client")
+
+    def principal_named(self, name: str, now: float) -> Principal:
+        """The principal of this name as a client that shows no token, with the rights of a token of it that lives.
+
+        If none of its tokens lives any more, it may use no space. One that never had a token may use all of them.
+        """
+        records = [record for record in self.list() if record.principal == name]
+        living = (self.client_of(record.token_id, now) for record in records)
+        return next(filter(None, living), Principal(name=name, role="client", spaces=NO_SPACES if records else ()))
 
     def is_live(self, token_id: str, now: float) -> bool:
         """Whether a token exists and is neither revoked nor expired at `now`, in Unix seconds."""

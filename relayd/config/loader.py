@@ -11,7 +11,7 @@ import attrs
 
 from protocol.wire.validators import Value
 from relayd.config.rules import is_loopback, parse_annotation, space_name, split_listen
-from relayd.config.schema import SECTIONS, structure
+from relayd.config.schema import SECTIONS, Wyoming, structure
 from relayd.config.schema import Config as Config
 from relayd.config.schema import ConfigError as ConfigError
 from relayd.config.schema import Http as Http
@@ -181,6 +181,7 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
                 "set behind_proxy = true if a proxy in front of the relay provides TLS, or set plain_text = true on a "
                 "network where everybody may read the tokens and all that is said"
             )
+    yield from _find_conflicts_of_wyoming(raw.get("wyoming"))
     if raw.get("trusted_proxies") and raw.get("behind_proxy", False) is False:
         yield "trusted_proxies: has no effect without behind_proxy = true"
     if raw.get("unix_socket", True) is False:
@@ -212,6 +213,24 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
         )
         if isinstance(ping, int | float) and isinstance(dead, int | float) and dead < 2 * ping:
             yield f"limits.dead_after_s: is {dead}; it must be at least twice limits.ping_interval_s ({ping})"
+
+
+def _find_conflicts_of_wyoming(wyoming: Value) -> Iterator[str]:
+    """Yield what would let everybody in: the protocol has no login."""
+    if not isinstance(wyoming, dict) or wyoming.get("allow"):
+        return
+    listen = wyoming.get("listen", attrs.fields(Wyoming).listen.default)
+    try:
+        host, _ = split_listen(listen) if isinstance(listen, str) and listen else ("localhost", 0)
+    except ValueError:
+        return  # already reported
+    if listen == "":
+        yield "wyoming.listen: is empty; leave out the table [wyoming] to turn it off"
+    if not is_loopback(host):
+        yield (
+            f"wyoming.listen: {listen} can be reached from other machines, and the protocol has no login: "
+            'say in wyoming.allow who may connect, as in allow = ["192.168.1.0/24"]'
+        )
 
 
 def _find_conflicts_of_calls(talk: Value, webrtc: Value, spaces: Value) -> Iterator[str]:

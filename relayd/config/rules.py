@@ -160,6 +160,20 @@ def pattern(value: Value) -> None:
         raise ValueError(f"{value!r} is not a regular expression: {fault}") from None
 
 
+_PRINCIPAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
+
+
+def principal(value: Value) -> None:
+    """Check the name of a principal; raises `ValueError`."""
+    text(64, _PRINCIPAL, "the name of a principal (a letter or digit, then letters, digits and . _ @ -)")(value)
+
+
+def language(value: Value) -> None:
+    """Check a language tag (RFC 5646); raises `ValueError`."""
+    text(16, _LANGUAGE, "a language such as en, en-US or zh-Hant-TW")(value)
+
+
 def optional_space(value: Value) -> None:
     """Check a space name, or ""; raises `ValueError`."""
     if value != "":

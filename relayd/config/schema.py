@@ -243,6 +243,23 @@ class WebRtc:
 
 
 @attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
+class Wyoming:
+    """The Wyoming protocol, for Home Assistant. It has no login: addresses are let in, and all are one principal.
+
+    Args:
+        listen: `HOST:PORT`.
+        principal: whose the requests are, with the rights and limits of a client token of that name, if there is one.
+        allow: addresses and networks that may connect, beside this machine.
+        languages: of spaces that do not say theirs, in BCP 47.
+    """
+
+    listen: Annotated[str, rules.listen] = "127.0.0.1:10200"
+    principal: Annotated[str, rules.principal] = "home"
+    allow: Annotated[tuple[str, ...], array_of(rules.network)] = ()
+    languages: Annotated[tuple[str, ...], array_of(rules.language)] = ("en", "zh")
+
+
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class SpaceConfig:
     """One space. The timeouts are defaults for requests that do not set their own.
 
@@ -326,6 +343,7 @@ class Config:
     openai: OpenAi = attrs.field(factory=OpenAi)
     talk: Talk | None = None
     webrtc: WebRtc = attrs.field(factory=WebRtc)
+    wyoming: Wyoming | None = None
     spaces: dict[str, SpaceConfig] = attrs.field(factory=dict)
 
     @property
@@ -357,6 +375,7 @@ SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
     "openai": OpenAi,
     "talk": Talk,
     "webrtc": WebRtc,
+    "wyoming": Wyoming,
 }
 
 

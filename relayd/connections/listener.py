@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import structlog
@@ -22,9 +23,9 @@ import trio
 from relayd.auth.tokens import PeerCredentials, peer_credentials
 from relayd.config.rules import split_listen
 from relayd.config.schema import Config
-from relayd.connections.budget import ConnectionSlot
+from relayd.connections.budget import ConnectionBudget, ConnectionSlot
 from relayd.connections.gateway import Gateway
-from relayd.http.server import Door, HttpServer
+from relayd.http.server import HttpServer
 from relayd.net.hang_up import answer_and_hang_up
 from relayd.net.http_head import PrefixedStream, bearer_token, forwarded_for, needs_answer, read_head, wants_websocket
 from relayd.net.proxies import client_of
@@ -52,6 +53,18 @@ _PASSING = frozenset(
 )
 
 
+class Port(Protocol):
+    """A further port: where it listens, and which setting says so."""
+
+    @property
+    def listen(self) -> str:
+        """`HOST:PORT`."""
+
+    @property
+    def setting(self) -> str:
+        """Where that can be changed, for errors."""
+
+
 @asynccontextmanager
 async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListener]]:
     """Open the listening sockets of `config`, without TLS; the unix socket's file is deleted at the end.
@@ -76,7 +89,7 @@ async def open_listeners(config: Config) -> AsyncIterator[list[trio.SocketListen
 
 
 @asynccontextmanager
-async def open_doors(doors: Sequence[Door]) -> AsyncIterator[list[list[trio.SocketListener]]]:
+async def open_doors(doors: Sequence[Port]) -> AsyncIterator[list[list[trio.SocketListener]]]:
     """Open the listening sockets of doors, in their order.
 
     Raises:
@@ -120,8 +133,8 @@ async def _unix_listener(path: Path, mode: int) -> trio.SocketListener:
     return trio.SocketListener(sock)
 
 
-def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
-    """Return the URLs of the listeners."""
+def describe(listeners: list[trio.SocketListener], tls: bool, scheme: str = "") -> list[str]:
+    """Return the URLs of the listeners; with a scheme of their own, if they have one."""
     urls = []
     for listener in listeners:
         name = listener.socket.getsockname()
@@ -129,7 +142,7 @@ def describe(listeners: list[trio.SocketListener], tls: bool) -> list[str]:
             urls.append(f"unix:{name}")
         else:
             host = f"[{name[0]}]" if ":" in name[0] else name[0]
-            urls.append(f"{'wss' if tls else 'ws'}://{host}:{name[1]}")
+            urls.append(f"{scheme or ('wss' if tls else 'ws')}://{host}:{name[1]}")
     return urls
 
 
@@ -148,6 +161,34 @@ class Entrance:
     http: HttpServer
     tls_context: ssl.SSLContext | None
     is_door: bool = False
+
+
+#: Serves a connection to its end.
+Serve = Callable[[trio.SocketStream, ConnectionSlot], Awaitable[None]]
+
+
+async def serve_foreign(
+    listeners: list[trio.SocketListener], budget: ConnectionBudget, serve: Serve, handlers: trio.Nursery
+) -> None:
+    """Accept connections of another protocol than HTTP and the relay's own until cancelled; they live in `handlers`."""
+
+    async def serve_one(stream: trio.SocketStream) -> None:
+        try:
+            slot = budget.admit(_peer(stream, None), None)
+        except OSError:
+            stream.socket.close()
+            return  # it hung up before we looked
+        try:
+            with trio.CancelScope() as scope:
+                slot.hang_up = scope.cancel
+                await serve(stream, slot)
+        finally:
+            stream.socket.close()
+            slot.release()
+
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(_accept, listener, serve_one, handlers)
 
 
 async def serve_listeners(listeners: list[trio.SocketListener], entrance: Entrance, handlers: trio.Nursery) -> None:

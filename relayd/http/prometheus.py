@@ -21,7 +21,7 @@ from relayd.core.relay import Relay
 from relayd.core.space import Space
 from relayd.frames.frame_log import HIGH_WATER_BYTES
 from relayd.scheduling.model import SpaceState, State
-from relayd.stats.counters import SpaceStats, TalkStats, audio_ms
+from relayd.stats.counters import SpaceStats, TalkStats, WyomingStats, audio_ms
 from relayd.stats.histogram import Histogram
 from relayd.store.records import TURN_ENDED
 from relayd.views.rows import VERSION
@@ -68,7 +68,9 @@ class Scrape(Collector):
         """Read all metrics now."""
         spaces = _spaces(_read_spaces(relay))
         talk = [] if relay.config.talk is None else _talk(relay.stats.talk)
-        return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *talk, *_PROCESS.collect()])
+        wyoming = [] if relay.config.wyoming is None else _wyoming(relay.stats.wyoming)
+        doors = [*talk, *wyoming]
+        return cls([*_daemon(relay), *_http(http, tokens), *_store(relay), *spaces, *doors, *_PROCESS.collect()])
 
     def collect(self) -> list[Metric]:
         """Return the metrics, for `prometheus_client`."""
@@ -181,6 +183,12 @@ def _store(relay: Relay) -> Iterator[Metric]:
     yield _one("relayd_result_disk_bytes", "Bytes of frames in files.", results.disk_bytes)
     yield _one("relayd_result_disk_limit_bytes", "Limit for frames in files (results.disk_bytes).", settings.disk_bytes)
     yield _one("relayd_results_unsaved", "Results of ended requests that are only in memory.", results.unsaved_count)
+
+
+def _wyoming(stats: WyomingStats) -> Iterator[Metric]:
+    yield _one("relayd_wyoming_connections", "Open connections of the Wyoming protocol.", stats.connections)
+    yield _one("relayd_wyoming_asked_total", "What was asked for, by event.", stats.asked, "event")
+    yield _one("relayd_wyoming_errors_total", "Connections that were ended with an error.", stats.errors, "code")
 
 
 def _talk(stats: TalkStats) -> Iterator[Metric]:

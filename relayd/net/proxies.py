@@ -21,7 +21,9 @@ def is_trusted(peer: str, config: Config) -> bool:
     """
     if not config.behind_proxy or (address := _parse(peer)) is None:
         return False
-    return _is_listed(address, config) if config.trusted_proxies else address.is_private  # which loopback is, too
+    if config.trusted_proxies:
+        return is_within(peer, config.trusted_proxies)
+    return address.is_private  # which loopback is, too
 
 
 def client_of(peer: str, forwarded: Iterable[str], config: Config) -> str | None:
@@ -42,13 +44,20 @@ def client_of(peer: str, forwarded: Iterable[str], config: Config) -> str | None
         if not _ADDRESS.fullmatch(text.strip()):
             break
         client = text.strip()
-        if (address := _parse(client)) is None or not _is_listed(address, config):
+        if not is_within(client, config.trusted_proxies):
             break
     return client
 
 
-def _is_listed(address: _Address, config: Config) -> bool:
-    return any(address in network for network in _networks(config.trusted_proxies))
+def is_within(peer: str, networks: tuple[str, ...]) -> bool:
+    """Whether a peer is in one of these networks.
+
+    Args:
+        peer: as for `is_trusted`.
+        networks: addresses and networks.
+    """
+    address = _parse(peer)
+    return address is not None and any(address in network for network in _networks(networks))
 
 
 @lru_cache(maxsize=8)

@@ -116,6 +116,18 @@ class TalkStats:
 
 
 @attrs.define(eq=False)
+class WyomingStats:
+    """The counters of the Wyoming protocol."""
+
+    #: Open connections.
+    connections: int = 0
+    #: What was asked for, by the type of its event -> how often.
+    asked: dict[str, int] = attrs.field(factory=dict)
+    #: Error code -> connections that were ended with it.
+    errors: dict[str, int] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
 class Stats:
     """The counters of the whole relay.
 
@@ -136,6 +148,7 @@ class Stats:
     audio: MinuteWindow = attrs.field(factory=MinuteWindow)
     first_audio: SampleWindow = attrs.field(factory=SampleWindow)
     talk: TalkStats = attrs.field(factory=TalkStats)
+    wyoming: WyomingStats = attrs.field(factory=WyomingStats)
     spaces: dict[str, SpaceStats] = attrs.field(factory=dict)
     workers: dict[str, WorkerStats] = attrs.field(factory=dict)
     #: Rates of clients to which frames were sent in the last seconds.

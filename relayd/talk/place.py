@@ -20,8 +20,6 @@ from relayd.talk.conversation import Making
 
 #: Conversations of which it is kept how their last replies were spoken, whether somebody uses them or not.
 MAX_SPOKEN_TALKS = 1_000
-#: Patterns that match no space.
-NO_SPACES = ("",)
 
 
 @attrs.define(eq=False)
@@ -111,10 +109,5 @@ class Place:
             del self.unended[principal]
 
     def principal_named(self, name: str) -> Principal:
-        """Return a principal for what it said before the relay was restarted: with the rights of a token that lives.
-
-        If none of its tokens lives any more, it may use no space. One that never had a token has logged in locally.
-        """
-        now, records = time.time(), [record for record in self.tokens.list() if record.principal == name]
-        living = (self.tokens.client_of(record.token_id, now) for record in records)
-        return next(filter(None, living), Principal(name=name, role="client", spaces=NO_SPACES if records else ()))
+        """Return a principal for what it said before the relay was restarted; see `TokenRegistry.principal_named`."""
+        return self.tokens.principal_named(name, time.time())

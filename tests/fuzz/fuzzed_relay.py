@@ -1,5 +1,6 @@
 """A real relay in a process of its own, and blocking connections to its unix socket, for fuzzers that know no loop."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -34,6 +35,9 @@ requests_per_s = 1e6
 
 [results]
 retain_s = 5.0
+
+[wyoming]
+listen = "127.0.0.1:0"
 
 [spaces.tts]
 """
@@ -80,6 +84,8 @@ class FuzzedRelay:
     path: str
     process: subprocess.Popen[bytes]
     log: Path
+    #: Ports of the Wyoming protocol.
+    doors: list[str] = attrs.field(factory=list)
     _read: int = 0
 
     def connect(self) -> socket.socket:
@@ -88,6 +94,10 @@ class FuzzedRelay:
         connection.settimeout(ANSWER_S)
         connection.connect(self.path)
         return connection
+
+    def connect_wyoming(self) -> socket.socket:
+        """A connection of the Wyoming protocol."""
+        return socket.create_connection(("127.0.0.1", int(self.doors[0])), ANSWER_S)
 
     def upgrade(self, connection: socket.socket) -> Socket:
         """Shake hands as a WebSocket client."""
@@ -142,6 +152,7 @@ def open_relay() -> Iterator[FuzzedRelay]:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < until, f"no relay after {START_S:g} s: {log.read_text()}"
                 time.sleep(0.05)
+            relay.doors = re.findall(r"tcp://[0-9.]+:([0-9]+)", log.read_text())
             yield relay
             relay.check()
         finally:

@@ -15,6 +15,8 @@ from protocol.wire.codec import decode, encode
 from protocol.wire.errors import EncodeError, ProtocolError
 from protocol.wire.messages import FROM_ANYONE, FROM_CLIENT, FROM_OPERATOR, FROM_RELAY, FROM_WORKER
 from protocol.wire.validators import Value
+from relayd.wyoming.events import Event as WyomingEvent
+from relayd.wyoming.events import EventParser
 from tests.fuzz.fuzzed_relay import UPGRADE, open_relay
 
 
@@ -276,6 +278,51 @@ def http() -> Iterator[Target]:
         yield Target(run, [*_BODIES, *_HEADS])
 
 
+# -- Wyoming ---------------------------------------------------------------------------------------------------------
+
+_PCM: Map = {"rate": 16_000, "width": 2, "channels": 1}
+_ASKED = [
+    WyomingEvent("describe"),
+    WyomingEvent("ping", {"text": "x"}),
+    WyomingEvent("synthesize", {"text": " ", "voice": {"name": "tts", "language": "en", "speaker": None}}),
+    WyomingEvent("synthesize-start", {"voice": {}}),
+    WyomingEvent("synthesize-chunk", {"text": " "}),
+    WyomingEvent("synthesize-stop"),
+    WyomingEvent("transcribe", {"name": "tts", "language": "en-US"}),
+    WyomingEvent("audio-start", _PCM),
+    WyomingEvent("audio-chunk", _PCM, bytes(64)),
+    WyomingEvent("audio-stop"),
+    WyomingEvent("transcript", {"text": "x", "context": {"conversation_id": "a1"}}),
+    WyomingEvent("select-program", {"name": "relayd"}),
+    WyomingEvent("detect"),
+]
+
+
+@contextmanager
+def wyoming() -> Iterator[Target]:
+    """Events of the Wyoming protocol, at the socket of a real relay: events are answered, and it logs no error."""
+    with open_relay() as relay:
+
+        def run(data: bytes) -> None:
+            with relay.connect_wyoming() as connection:
+                try:
+                    for start in range(0, len(data), 1 + len(data) * 2 // 3):
+                        connection.sendall(data[start : start + 1 + len(data) * 2 // 3])
+                    connection.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass
+                heard = EventParser()
+                heard.feed(relay.hear_all(connection))
+            while (event := heard.next()) is not None:
+                assert event.data.get("code") != "internal", event
+            assert not heard.is_amid, "half an event"
+            relay.check()
+
+        each = [event.encode() for event in _ASKED]
+        old = [b'{"type": "ping", "data": {"text": "x"}}\n', b'{"type": "x", "payload_length": 99999999999}\n']
+        yield Target(run, [*each, b"".join(each[:2] * 3), b"".join(each[3:6]), b"".join(each[6:10]), *old])
+
+
 # -- audio -----------------------------------------------------------------------------------------------------------
 
 
@@ -410,5 +457,5 @@ def sdp() -> Iterator[Target]:
 
 
 TARGETS: Mapping[str, Callable[[], AbstractContextManager[Target]]] = {
-    each.__name__: each for each in (codec, frames, http, audio, hearing, semantics, sdp)
+    each.__name__: each for each in (codec, frames, http, wyoming, audio, hearing, semantics, sdp)
 }

@@ -8,7 +8,16 @@ import pytest
 from tests.fuzz.mutate import mutations
 from tests.fuzz.targets import TARGETS
 
-EXECUTIONS = {"codec": 4_000, "frames": 4_000, "http": 300, "audio": 600, "hearing": 400, "semantics": 150, "sdp": 200}
+EXECUTIONS = {
+    "codec": 4_000,
+    "frames": 4_000,
+    "http": 300,
+    "wyoming": 200,
+    "audio": 600,
+    "hearing": 400,
+    "semantics": 150,
+    "sdp": 200,
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -6,12 +6,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, MAX_UNACKED_BYTES, Input
+from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, MAX_UNACKED_BYTES
 from relayd.auth.tokens import reject_readonly
 from relayd.http.authentication import principal_of
 from relayd.http.context import context_of, exchange_of
 from relayd.http.errors import HttpError
-from relayd.http.request_stream import RequestStream, find_request
+from relayd.http.live_feed import LiveFeed, input_closed
+from relayd.http.request_stream import find_request
 from relayd.requests.live_input import LiveInput, PipedInput
 from relayd.requests.request import Request
 from relayd.store.base import StoreError
@@ -49,7 +50,7 @@ async def feed_input(http: HttpRequest) -> Response:
 
 def _find_input(request: Request, name: str) -> LiveInput:
     if not request.live:
-        raise _over(request, name)
+        raise input_closed(request, name)
     fed = request.fed.get(name)
     if fed is None or isinstance(fed, PipedInput):
         known = ", ".join(sorted(each for each, info in request.submit.inputs.items() if info.live)) or "none"
@@ -58,14 +59,8 @@ def _find_input(request: Request, name: str) -> LiveInput:
     return fed
 
 
-def _over(request: Request, name: str) -> HttpError:
-    why = f": {request.message}" if request.message else ""
-    message = f"request {request.request_id} has {request.entry.state}, and takes no more of input {name!r}{why}"
-    return HttpError("input_closed", message, status=409)
-
-
 @attrs.define(eq=False)
-class InputFeed(RequestStream):
+class InputFeed(LiveFeed):
     """Holds a request while a body is fed to it. It reads none of the frames."""
 
     def wake(self) -> None:
@@ -93,11 +88,11 @@ class InputFeed(RequestStream):
                 fresh = await self._compare_stored(fed, name, offset, piece)
                 offset += len(piece)
                 while offset - fed.size > MAX_UNACKED_BYTES and offset - len(fresh) <= fed.known:
-                    await self._wait_for_store(name)
+                    await self.wait_for_store(name)
                 last = True if is_over and start + len(piece) == len(data) else None
-                await self._add(name, offset - len(fresh), fresh, last)
+                await self.add(name, offset - len(fresh), fresh, last)
         while not fed.ended:
-            await self._wait_for_store(name)
+            await self.wait_for_store(name)
 
     async def _compare_stored(self, fed: LiveInput, name: str, offset: int, data: bytes) -> bytes:
         """Return what is not stored yet of a piece, whose other bytes must be those that are."""
@@ -108,29 +103,11 @@ class InputFeed(RequestStream):
                 stored += await self.relay.feeds.read(self.request, name, offset + len(stored), count - len(stored))
             except StoreError as fault:
                 self.relay.feeds.fail(self.request, name, fault)
-            self._check(name)
+            self.check(name)
         if stored != data[:count]:
             message = f"input {name!r} at offset {offset}: other bytes are stored; {fed.size} are stored so far"
             raise HttpError(ErrorCode.ID_CONFLICT, message)
         return data[count:]
-
-    async def _add(self, name: str, offset: int, data: bytes, last: bool | None) -> None:
-        piece = Input(request_id=self.request.request_id, name=name, offset=offset, data=data, last=last)
-        self.context.admission.add_input(self.request, piece, self)
-        self._check(name)
-        while self in self.request.fed[name].held_back:
-            await self._wait_for_store(name)
-            self.context.admission.add_input(self.request, piece, self)
-
-    def _check(self, name: str) -> None:
-        if self._refusal is not None:
-            raise self._refusal
-        if not self.request.live:
-            raise _over(self.request, name)
-
-    async def _wait_for_store(self, name: str) -> None:
-        await self._wait()
-        self._check(name)
 
     async def _next_piece(self, http: HttpRequest, name: str) -> tuple[bytes, bool]:
         """Return the next piece of the body and whether it is the last; waits as long as the request does."""
@@ -142,7 +119,7 @@ class InputFeed(RequestStream):
                 reading.cancel()
             event = await http.receive()
         self.exchange.reading = None
-        self._check(name)
+        self.check(name)
         if not reading.cancelled_caught and event["type"] != "http.request":
             raise HttpError("bad_request", "the body was cut", status=400)
         if reading.cancelled_caught:

@@ -175,6 +175,11 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ('[talk]\nreply = "llm"\nface = "face"', "talk.face: has no effect without talk.calls"),
         ('[talk]\nreply = "llm"\ncalls = "a b"', "talk.calls: "),
         ('[talk]\nreply = "llm"\ncalls = "calls"\n[spaces.calls]', "spaces.calls.run_timeout_s: is 120.0, after which"),
+        ('[wyoming]\nlisten = "0.0.0.0:10200"', "wyoming.listen: 0.0.0.0:10200 can be reached from other machines"),
+        ('[wyoming]\nlisten = ""', "wyoming.listen: is empty; leave out the table"),
+        ('[wyoming]\nallow = ["10.0.0.1/8"]', "wyoming.allow"),
+        ('[wyoming]\nlanguages = ["en-us"]', "wyoming.languages"),
+        ('[wyoming]\nprincipal = "a b"', "wyoming.principal"),
         ('[webrtc]\nturn_secret_file = "relayd.toml"\nturn_urls = ["turn.example.org"]', "webrtc.turn_urls: "),
         ('[webrtc]\nturn_urls = ["turn:turn.example.org:3478"]', "webrtc.turn_secret_file: is required"),
         ('[webrtc]\nturn_secret_file = "no-such-file"', "no-such-file: No such file"),
@@ -275,6 +280,16 @@ def test_what_others_can_reach_unencrypted_is_known_for_every_door(file: Path) -
     assert load(file, doors.replace("127.0.0.1", "0.0.0.0"), plain_text=True).exposed == ["0.0.0.0:1", "0.0.0.0:2"]
     assert not load(file, doors, behind_proxy=True).exposed
     assert not load(file, "").exposed
+
+
+def test_the_wyoming_protocol_is_there_if_its_table_is(file: Path) -> None:
+    assert load(file, "").wyoming is None
+    wyoming = load(file, "[wyoming]").wyoming
+    assert wyoming is not None
+    assert (wyoming.listen, wyoming.principal, wyoming.allow) == ("127.0.0.1:10200", "home", ())
+    wyoming = load(file, '[wyoming]\nlisten = "0.0.0.0:1"\nallow = ["10.0.0.0/8"]\nlanguages = ["zh-Hant-TW"]').wyoming
+    assert wyoming is not None
+    assert wyoming.languages == ("zh-Hant-TW",)
 
 
 def test_tcp_can_be_turned_off(file: Path) -> None:

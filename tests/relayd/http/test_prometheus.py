@@ -293,7 +293,7 @@ def calls_of(do: Callable[[], object]) -> int:
 
 @pytest.mark.trio
 async def test_the_document_names_every_metric_and_no_other(tmp_path: Path) -> None:
-    async with daemon(tmp_path, talk={"reply": "check"}) as relay:
+    async with daemon(tmp_path, talk={"reply": "check"}, wyoming={"listen": "127.0.0.1:0"}) as relay:
         text = Told(relay.relay).text
     told: Mapping[str, str] = dict(re.findall(r"^# TYPE (relayd_\w+) (\w+)$", text, re.MULTILINE))
     documented = dict(re.findall(r"^\| `(relayd_\w+)[^|]*` \| (\w+) \|", DOCUMENT.read_text(), re.MULTILINE))
