@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar
 
 from rich.color import ColorSystem
@@ -45,6 +46,8 @@ TOGETHER_S = 0.03
 BEHIND_S = 0.05
 #: Short enough to feel immediate, long enough to combine changes that arrive together into one draw.
 SOON_S = 0.05
+#: Steps of an action that wait for their answers at a time; more would fill the queue to the relay.
+MAX_TOGETHER = 50
 MAX_FOUND = 50
 SCREENS_BY_NAME: dict[str, type[tables.TableScreen]] = {
     "overview": tables.Overview,
@@ -301,13 +304,20 @@ class RelayTui(App[int]):
 
         def answered(target: str, answer: Done | Rejected) -> None:
             answers.append((target, answer))
+            ask_next()
             if len(answers) == len(plan.steps):
                 # Called from Trio code: pass the result to the screen as a message.
                 self.call_later(self.show_notice, *_outcome(plan, answers))
 
+        left = iter(plan.steps)
+
+        def ask_next() -> None:
+            if (step := next(left, None)) is not None:
+                self.ask(Ask(*step, partial(answered, step[1])))
+
         self.show_notice("...", "dim")
-        for action, target in plan.steps:
-            self.ask(Ask(action, target, lambda answer, target=target: answered(target, answer)))  # type: ignore[misc]
+        for _ in range(MAX_TOGETHER):
+            ask_next()
 
     # -- keys --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAG
 from protocol.install_hint import install_command
 from protocol.printable import printable, printable_json
 from protocol.wire.errors import LinkError
-from tui.themes.choose import NAMES
+from tui.themes.choose import NAMES, draws_ascii
 
 #: The scenes of `tui.demo.source`, which is imported only when it is needed.
 SCENES = ("busy", "empty", "broken")
@@ -81,7 +81,7 @@ async def _run(args: argparse.Namespace) -> int:
         source,
         readonly=args.readonly,
         theme="ansi" if args.thrifty and args.theme == "auto" else args.theme,
-        ascii_only=args.ascii,
+        ascii_only=draws_ascii(os.environ) if args.ascii is None else args.ascii,
         rate=0.5 if args.thrifty else 1.0,
         driver_class=RelayDriver,
     )
@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="like --once, but print JSON")
     parser.add_argument("--theme", choices=NAMES, default="auto", help="colours to use; NO_COLOR takes precedence")
     parser.add_argument("--thrifty", action="store_true", help="for a slow line: 16 colours, drawn every 2 s")
-    parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters only")
+    ascii_help = "draw with ASCII characters only; default: as locale and TERM allow"
+    parser.add_argument("--ascii", action=argparse.BooleanOptionalAction, help=ascii_help)
     demo: dict[str, Any] = {"nargs": "?", "const": SCENES[0], "choices": SCENES, "metavar": "SCENE"}
     parser.add_argument("--demo", help=f"show a simulated relay: {', '.join(SCENES)}", **demo)
     return parser

@@ -95,7 +95,7 @@ def on_a_pty(
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        env=clean | {"TERM": "xterm-256color", "COLORTERM": "truecolor", **environ},
+        env=clean | {"LC_ALL": "C.UTF-8", "TERM": "xterm-256color", "COLORTERM": "truecolor", **environ},
     )
     there = PtyProcess(process, master, slave)
     try:

@@ -122,7 +122,7 @@ async def test_a_question_names_the_objects_and_the_effect() -> None:
         await stage.press("x")
         assert f"Cancel request {a[:8]} of alice in tts, speaking now?" in stage.text
         await stage.press("escape", "space", "space", "space", "space", "x")
-        assert "Cancel 3 requests, 1 of them speaking?" in stage.text
+        assert "Cancel 3 requests of alice, 1 of them speaking?" in stage.text
         await stage.press("y")
         await stage.until(lambda: len(stage.source.asked) == 3)
         assert stage.source.asked == [("cancel", a), ("cancel", b), ("cancel", c)]

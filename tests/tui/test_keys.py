@@ -341,3 +341,40 @@ async def test_capital_l_shows_the_log_of_what_is_under_the_cursor() -> None:
         await stage.draw()
         assert stage.lines[1].startswith("relay › log")
         assert stage.keys_shown == ["2"]
+
+
+@pytest.mark.asyncio
+async def test_an_asterisk_tags_all_rows_shown_and_none_the_second_time() -> None:
+    async with a_stage(screen="4") as stage:
+        await three_requests(stage)
+        await stage.press("asterisk")
+        assert set(stage.table.tagged) == {A, B, C}
+        await stage.press("asterisk")
+        assert not stage.table.tagged
+        await stage.press("slash", *"anna", "enter", "asterisk")
+        assert set(stage.table.tagged) == {A}
+
+
+@pytest.mark.asyncio
+async def test_v_tags_from_the_row_tagged_last_to_the_cursor() -> None:
+    async with a_stage(screen="4") as stage:
+        await three_requests(stage)
+        await stage.press("V")
+        assert list(stage.table.tagged) == [A]
+        await stage.press("end", "V")
+        assert list(stage.table.tagged) == [A, B, C]
+
+
+@pytest.mark.asyncio
+async def test_hundreds_of_requests_are_cancelled_at_once_and_the_question_says_whose() -> None:
+    async with a_stage(screen="4") as stage:
+        keys = [f"{number:032x}" for number in range(600)]
+        await stage.snapshot(
+            requests=[a_request(key, principal="alice" if number % 3 else "bob") for number, key in enumerate(keys)]
+        )
+        await stage.press("asterisk", "x")
+        await stage.until(lambda: "y yes" in stage.text)
+        assert "Cancel 600 requests of alice (400), bob (200), none of them" in stage.text
+        await stage.press("y")
+        await stage.until(lambda: len(stage.source.asked) == 600)
+        await stage.until(lambda: "cancelled 600 requests" in stage.text)

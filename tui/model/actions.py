@@ -1,5 +1,6 @@
 """The actions an operator can take on rows: which steers they send, what they ask first and what they report after."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -7,6 +8,9 @@ import attrs
 from tui.model.cells import LIVE
 from tui.model.formatting import plain, short_id
 from tui.model.relay_model import RowView
+
+#: Principals named in a question; further ones are only counted.
+MAX_PRINCIPALS = 4
 
 
 @attrs.frozen
@@ -55,8 +59,17 @@ def cancel(views: Sequence[RowView]) -> Plan | str:
         question = f"Cancel {name_of(view)} of {plain(view.text('principal'))} in {plain(view.text('space'))}, {doing}?"
     else:
         effect = f"{speaking} of them speaking" if speaking else "none of them speaking yet"
-        question = f"Cancel {len(live)} requests, {effect}?"
+        question = f"Cancel {len(live)} requests of {_whose(live)}, {effect}?"
     return _plan(live, "cancel", question, f"cancelled {_these(live, 'request')}")
+
+
+def _whose(views: Sequence[RowView]) -> str:
+    """The principals of these rows, those with most of them first: `alice (12), bob (3)`."""
+    counts = Counter(plain(view.text("principal")) for view in views).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    names = [f"{name} ({count})" for name, count in counts[:MAX_PRINCIPALS]]
+    return ", ".join([*names, *([f"{len(counts) - len(names)} more"] if len(counts) > len(names) else [])])
 
 
 def end_talks(views: Sequence[RowView]) -> Plan | str:

@@ -1,12 +1,45 @@
 """The filter line: a regular expression matched against a row; with `!` in front it hides the rows that match."""
 
 import re
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import attrs
 
 from tui.model.relay_model import RowView
+
+#: CPU time for one search of all rows. 10,000 rows take a tenth of it; an expression that backtracks takes for ever.
+MAX_SEARCH_S = 1.0
+
+
+class SearchTooLong(Exception):
+    """A search was given up."""
+
+
+@contextmanager
+def limited_search() -> Iterator[None]:
+    """Give up a search that takes too long, which nothing else can: `re` holds the GIL, but heeds signals.
+
+    Raises:
+        SearchTooLong: after `MAX_SEARCH_S` of CPU time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+
+    def too_long(_number: int, _frame: object) -> None:
+        raise SearchTooLong
+
+    before = signal.signal(signal.SIGVTALRM, too_long)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SEARCH_S)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @attrs.frozen
@@ -38,6 +71,10 @@ class Filter:
         except (re.error, OverflowError, RecursionError) as fault:
             return cls(text, fault=str(fault))
         return cls(text, "", inverted, pattern.search)
+
+    def given_up(self) -> "Filter":
+        """This filter, after a search that took too long: it hides nothing."""
+        return Filter(self.text, "takes too long on these rows; use a simpler expression")
 
     def lets_through(self, view: RowView) -> bool:
         """Whether the row passes the filter."""

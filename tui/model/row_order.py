@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from tui.model.relay_model import RowView
-from tui.model.row_filter import Filter
+from tui.model.row_filter import Filter, SearchTooLong, limited_search
 
 SortKey = Callable[[RowView], Any]
 
@@ -46,6 +46,28 @@ class Order:
             views: all rows.
             moving: keys of rows whose place may change although the row itself has not, such as queued requests.
         """
+        every = list(views)
+        try:
+            with limited_search():
+                return self._update(every, moving)
+        except SearchTooLong:
+            self._give_up()
+        return self._update(every, moving)
+
+    def shows(self, view: RowView) -> bool:
+        """Whether the filter lets a row through."""
+        try:
+            with limited_search():
+                return self.filter.lets_through(view)
+        except SearchTooLong:
+            self._give_up()
+        return True
+
+    def _give_up(self) -> None:
+        self.filter = self.filter.given_up()
+        self.begin_anew()
+
+    def _update(self, views: Iterable[RowView], moving: Container[str]) -> list[RowView]:
         before, now = self._known, dict[str, _Placed]()
         sort, lets_through = self.chosen or self.natural, self.filter.lets_through
         for view in views:

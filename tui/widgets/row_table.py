@@ -45,6 +45,8 @@ class RowTable(CellWidget, can_focus=True):
         Binding("end,G", "edge(1)", "Last row", show=False),
         Binding("enter", "enter", "Open", key_display="enter"),
         Binding("space", "tag", "Tag"),
+        Binding("asterisk", "tag_all", "Tag all", show=False, key_display="*"),
+        Binding("V", "tag_range", "Tag from the last tag to here", show=False),
         Binding("s", "sort", "Sort"),
         Binding("r", "reverse", "Reverse"),
         Binding("f", "follow", "Follow"),
@@ -255,7 +257,7 @@ class RowTable(CellWidget, can_focus=True):
         self.order.filter = wanted
         self.order.begin_anew()
         self.seen = None
-        if (view := self.view) is not None and not wanted.lets_through(view):
+        if (view := self.view) is not None and not self.order.shows(view):
             self._views, self._index, self.cursor, self._top = [], {}, None, 0
 
     def action_move(self, lines: int) -> None:
@@ -285,6 +287,19 @@ class RowTable(CellWidget, can_focus=True):
         else:
             self.tagged[view.key] = view
         self._go(self._at() + 1)
+
+    def action_tag_all(self) -> None:
+        """Tag all rows that are shown, or untag them if all are tagged."""
+        shown = {view.key: view for view in self.views}
+        self.tagged = {} if shown.keys() <= self.tagged.keys() else shown
+        self._changed()
+
+    def action_tag_range(self) -> None:
+        """Tag the rows from the one tagged last to the cursor."""
+        begin = self._index.get(next(reversed(self.tagged), ""), self._at())
+        first, last = sorted((begin, self._at()))
+        self.tagged |= {view.key: view for view in self._views[first : last + 1] if view.key != self._gone}
+        self._changed()
 
     def untag(self) -> None:
         """Remove all tags."""

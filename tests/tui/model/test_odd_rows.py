@@ -1,5 +1,7 @@
 """A relay that says what nobody expected: rows, and what an operator types, bring no screen down."""
 
+import signal
+import threading
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
 from tests.tui.screen import a_client, a_line, a_relay, a_request, a_space, a_stage, a_talk, a_worker
+from tui.model import row_filter
 from tui.model.actions import TOPIC_OF
 from tui.model.columns import COLUMNS, natural
 from tui.model.relay_model import RelayModel
@@ -88,6 +91,28 @@ def test_a_class_of_characters_is_no_capital_that_must_match() -> None:
     view = a_picture("requests", a_request("r", principal="Bob Bee")).rows("requests")[0]
     assert Filter.of(r"bob\Sb|bob\Wb").lets_through(view)
     assert not Filter.of("bOb").lets_through(view)
+
+
+def test_a_search_that_takes_too_long_is_given_up_and_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_filter, "MAX_SEARCH_S", 0.05)
+    views = a_picture("requests", a_request("r", principal="many words " * 20)).rows("requests")
+    order = Order(natural("requests"), filter=Filter.of(r"(\w+\s*)+$!"))
+    assert order.update(views) == views
+    assert order.filter.fault == "takes too long on these rows; use a simpler expression"
+    order.filter = Filter.of(r"(\w+\s*)+$!")
+    assert order.shows(views[0])
+    assert order.filter.fault
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_outside_the_main_thread_a_search_is_not_limited() -> None:
+    views = a_picture("requests", a_request("r")).rows("requests")
+    order, shown = Order(natural("requests"), filter=Filter.of("r")), []
+    thread = threading.Thread(target=lambda: shown.extend(order.update(views)))
+    thread.start()
+    thread.join()
+    assert shown == views
 
 
 @pytest.mark.asyncio

@@ -8,7 +8,7 @@ from rich.style import Style
 from textual.color import Color
 from textual.filter import Monochrome, NoColor
 
-from tui.themes.choose import NAMES, choose_theme
+from tui.themes.choose import NAMES, choose_theme, draws_ascii
 from tui.themes.themes import THEMES, TOKENS, AsciiOnly, filters
 
 #: Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
@@ -125,3 +125,23 @@ def test_without_colour_no_colour_is_sent_at_all() -> None:
 def test_in_ascii_the_whole_screen_is_ascii() -> None:
     line = [Segment("┌─● busy ━╸─ 50% ▁▅█ 王 │", None)]
     assert AsciiOnly().apply(line, Color(0, 0, 0))[0].text == "+-* busy #-- 50% _+# 王 |".replace("_+#", "_=#")
+
+
+@pytest.mark.parametrize(
+    ("environ", "ascii_only"),
+    [
+        ({"TERM": "xterm-256color", "LANG": "en_GB.UTF-8"}, False),
+        ({"TERM": "xterm-256color", "LANG": "C.UTF-8"}, False),
+        ({"TERM": "xterm-256color", "LANG": "C", "LC_ALL": "de_DE.utf8"}, False),
+        ({"TERM": "xterm-256color", "LANG": "C", "LC_CTYPE": "en_US.UTF-8"}, False),
+        ({"TERM": "xterm-256color", "LANG": "C", "LC_CTYPE": "C.UTF-8"}, True),
+        ({"TERM": "xterm-256color", "LC_CTYPE": "C.UTF-8"}, True),
+        ({"TERM": "xterm-256color", "LANG": "de_DE.ISO-8859-1"}, True),
+        ({"TERM": "xterm-256color", "LANG": "en_GB.UTF-8", "LC_ALL": "C"}, True),
+        ({"TERM": "linux", "LANG": "en_GB.UTF-8"}, True),
+        ({"TERM": "dumb", "LANG": "en_GB.UTF-8"}, True),
+        ({"LANG": "en_GB.UTF-8"}, True),
+    ],
+)
+def test_ascii_is_drawn_where_locale_or_terminal_have_no_more(environ: dict[str, str], ascii_only: bool) -> None:
+    assert draws_ascii(environ) is ascii_only
