@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("serve", "run the relay until SIGTERM")
     command.add_argument("--listen", metavar="HOST:PORT", help="default: 127.0.0.1:8765")
+    command.add_argument(
+        "--wait",
+        action="store_true",
+        help="while another relay uses the state folder, wait, and take over when it ends",
+    )
     add("check-config", "check the configuration and list every fault")
     demo = commands.add_parser("demo", help="speak a sentence through a relay and a worker started for it")
     demo.add_argument("text", nargs="?")

@@ -87,7 +87,8 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         keep_freed_memory()
         _raise_file_limit()
-        trio.run(partial(serve, config, on_ready=_freeze_objects, on_leave=leave, reread=partial(_config, args)))
+        run = partial(serve, config, on_ready=_freeze_objects, on_leave=leave, reread=partial(_config, args))
+        trio.run(partial(run, wait=args.wait))
     except* (StoreError, ListenError) as group:
         faults += _leaves(group)  # reported like other commands' errors, without the exception groups of the nurseries
     finally:

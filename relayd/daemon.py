@@ -32,6 +32,7 @@ from relayd.connections.listener import (
     serve_foreign,
     serve_listeners,
 )
+from relayd.connections.standby import Standby
 from relayd.core.admission import Admission
 from relayd.core.clock import RelayClock, serve_clock
 from relayd.core.positions import serve_positions
@@ -117,6 +118,7 @@ async def serve(
     on_ready: Callable[[Sequence[str]], None] | None = None,
     on_leave: Callable[[], None] = lambda: None,
     reread: Callable[[], Config] | None = None,
+    wait: bool = False,
 ) -> None:
     """Run the daemon until a signal or an operator stops it.
 
@@ -125,15 +127,18 @@ async def serve(
         on_ready: called with the URLs once every listener is open and the store is loaded.
         on_leave: called, perhaps repeatedly, once the daemon has drained or broken down, before its parts are ended.
         reread: loads `config` again on SIGHUP; None leaves that signal alone.
+        wait: wait while another relay uses the state folder, instead of raising `StoreInUse`.
 
     Raises:
         StoreError: the store cannot be used.
         ListenError: a listener cannot be opened.
     """
-    async with open_daemon(config, on_leave=on_leave, reread=reread) as daemon:
-        if on_ready is not None:
-            on_ready(daemon.urls)
-        await daemon.drain()
+    with trio.CancelScope() as scope:
+        standby = Standby(scope.cancel) if wait else None
+        async with open_daemon(config, on_leave=on_leave, reread=reread, standby=standby) as daemon:
+            if on_ready is not None:
+                on_ready(daemon.urls)
+            await daemon.drain()
     log.info("stopped")
 
 
@@ -144,6 +149,7 @@ async def open_daemon(
     on_leave: Callable[[], None] = lambda: None,
     reread: Callable[[], Config] | None = None,
     doors: Sequence[Door] = (),
+    standby: Standby | None = None,
 ) -> AsyncIterator[Daemon]:
     """Start the daemon, from its store to its listeners; connections are closed in order when the block ends.
 
@@ -152,6 +158,7 @@ async def open_daemon(
         on_leave: as for `serve`.
         reread: as for `serve`.
         doors: further ports, each with an HTTP application of its own.
+        standby: waits while another relay uses the state folder; None raises `StoreInUse`.
 
     Raises:
         StoreError: the store cannot be used.
@@ -162,7 +169,7 @@ async def open_daemon(
     tls_context = make_tls_context(config)
     doors = [*doors, *_talk_doors(config)]
     async with (
-        open_store(config) as store,
+        open_store(config, standby.waiting if standby else None) as store,
         open_listeners(config) as listeners,
         open_doors(doors) as opened,
         open_doors(_wyoming_port(config)) as wyoming_listeners,
@@ -195,6 +202,8 @@ async def open_daemon(
             manager = ServiceManager.from_environment()
             reload = Reload(relay, tokens, tls_context, reread, manager) if reread else None
             if reload is not None:
+                if standby is not None and standby.reload_asked:
+                    reload.request()
                 nursery.start_soon(reload.serve)
             await nursery.start(_handle_signals, shutdown, reload)  # before readiness is reported
             async with (

@@ -27,7 +27,15 @@ class StorageFull(StoreError):
 
 
 class StoreInUse(StoreError):
-    """Another process uses this state folder."""
+    """Another process uses this state folder.
+
+    Attributes:
+        holder: who uses it.
+    """
+
+    def __init__(self, message: str, holder: str = "another relayd") -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 # -- changes ------------------------------------------------------------------------------------------------------

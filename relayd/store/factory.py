@@ -1,21 +1,33 @@
 """Opens the store chosen in the settings, with its state folder locked."""
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import trio
+
 from relayd.config.schema import Config
-from relayd.store.base import Store
+from relayd.store.base import Store, StoreInUse
 from relayd.store.database import Database
 from relayd.store.records import Change, Loaded
 from relayd.store.state_dir import lock_state_dir
 
+#: How often a standby tries the lock. flock cannot be awaited, and a thread that waits in it cannot be cancelled.
+TRY_S = 0.2
+
+#: What a standby does while the store is in use; the block ends when it no longer is.
+Waiting = Callable[[StoreInUse], contextlib.AbstractAsyncContextManager[None]]
+
 
 @contextlib.asynccontextmanager
-async def open_store(config: Config) -> AsyncIterator[Store]:
+async def open_store(config: Config, waiting: Waiting | None = None) -> AsyncIterator[Store]:
     """Open the daemon's store, and lock the state folder until the end, also with `store = "memory"`.
 
     At the end, queued changes are written, within `sqlite.CLOSE_S`.
+
+    Args:
+        config: all settings.
+        waiting: entered while another process uses the folder; None raises.
 
     Raises:
         StoreInUse: another relayd, or an admin command, uses the folder.
@@ -24,12 +36,27 @@ async def open_store(config: Config) -> AsyncIterator[Store]:
     from relayd.store.memory import MemoryStore
     from relayd.store.sqlite import open_sqlite
 
-    with lock_state_dir(config.state_dir):
+    with contextlib.ExitStack() as locked:
+        try:
+            locked.enter_context(lock_state_dir(config.state_dir))
+        except StoreInUse as fault:
+            if waiting is None:
+                raise
+            async with waiting(fault):
+                await _lock_when_free(locked, config.state_dir)
         if config.store == "memory":
             yield MemoryStore()
         else:
             async with open_sqlite(config.state_dir) as store:
                 yield store
+
+
+async def _lock_when_free(locked: contextlib.ExitStack, state_dir: Path) -> None:
+    while True:
+        await trio.sleep(TRY_S)
+        with contextlib.suppress(StoreInUse):
+            locked.enter_context(lock_state_dir(state_dir))
+            return
 
 
 class OfflineStore:

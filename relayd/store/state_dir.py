@@ -78,9 +78,12 @@ def lock_state_dir(state_dir: Path) -> Iterator[None]:
             if fault.errno not in (errno.EAGAIN, errno.EACCES):
                 advice = "choose a folder on a local disk with --state-dir"
                 raise file_error(fault, f"cannot lock {path}", advice) from fault
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            holder = f"another relayd (pid {pid})"
             raise StoreInUse(
-                f"another relayd (pid {holder}) uses {state_dir}; stop it, or choose another folder with --state-dir"
+                f"{holder} uses {state_dir}; stop it, choose another folder with --state-dir, or take over when it "
+                "ends with relayd serve --wait",
+                holder,
             ) from None
         with contextlib.suppress(OSError):  # only for people; the lock holds without it
             os.ftruncate(descriptor, 0)

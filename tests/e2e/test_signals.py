@@ -50,3 +50,44 @@ async def test_a_relay_killed_in_mid_stream_and_started_again_costs_a_pause_and_
     whole = (tmp_path / "whole.wav").read_bytes()
     assert len(whole) > 3 * 2 * 16_000
     assert (tmp_path / "cut.wav").read_bytes() == whole
+
+
+@pytest.mark.trio
+async def test_a_standby_takes_over_from_a_killed_relay_and_its_listener_misses_no_sample(tmp_path: Path) -> None:
+    place = a_place(tmp_path)
+    say = ("say", "a tune of three seconds", "--param", "duration_s=3")
+    async with a_relay(place) as relay, place.start("relayd", "serve", "--wait") as standby:
+        holder = (await standby.event("standing by"))["why"]
+        assert str(relay.process.pid) in holder
+        several = {"RELAY_URL": f"unix:{tmp_path}/nobody.sock,unix:{tmp_path}/state/relayd.sock"}
+        async with a_worker(place, relay, *MOCK, **several) as worker:
+            await place.run("relay", *say, "--param", "speed=0", "-o", "whole.wav", **several)
+            async with place.start("relay", *say, "-o", "cut.wav", "--json", **several) as client:
+                await client.audio_chunks(5)
+                assert not any('"listening"' in line for line in standby.lines)
+                relay.send_signal(signal.SIGKILL)
+                await standby.event("listening")
+                await client.audio_chunks(None)
+                assert await client.ended() == 0
+            assert worker.process.poll() is None
+        standby.send_signal(signal.SIGTERM)
+        assert await standby.ended() == 0
+    assert (tmp_path / "cut.wav").read_bytes() == (tmp_path / "whole.wav").read_bytes()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_waiting_standby_leaves_at_once_and_one_that_may_not_wait_names_the_option(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    place = a_place(tmp_path)
+    async with a_relay(place) as relay:
+        async with place.start("relayd", "serve", "--wait") as standby:
+            await standby.event("standing by")
+            standby.send_signal(signal.SIGHUP)
+            standby.send_signal(number)
+            assert await standby.ended() == 0
+            await standby.event("stopped")
+        _, refused = await place.run("relayd", "serve", code=1)
+        assert "take over when it ends with relayd serve --wait" in refused
+        assert relay.process.poll() is None
