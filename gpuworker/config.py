@@ -76,7 +76,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--relay",
         metavar="URL",
-        help="ws://, wss://, http(s):// or unix:PATH (default: RELAY_URL, else the local socket)",
+        help="ws://, wss://, http(s):// or unix:PATH, or several with commas between them "
+        "(default: RELAY_URL, else the local socket)",
     )
     parser.add_argument(
         "--space", action=_Spaces, metavar="NAME", help=f"space to serve; repeatable (default: {DEFAULT_SPACE})"

@@ -17,7 +17,7 @@ from gpuworker.config import ConfigError, add_engine_options
 from gpuworker.engines.base import Engine, EngineError, OptionError
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
 from protocol.client.address import Address, from_environment, read_token, token_from_environment
-from protocol.wire.errors import LinkError, LoginRefused, ProtocolError
+from protocol.wire.errors import ErrorCode, LinkError, LoginRefused, ProtocolError
 from protocol.wire.messages import PROTOCOL_VERSION, Hello
 
 NVIDIA_SMI_S = 10.0
@@ -58,7 +58,7 @@ def run_doctor(args: argparse.Namespace, environ: Mapping[str, str] | None = Non
     if args.engine is None and (args.options or args.slots is not None):
         raise ConfigError("--slots and -o belong to an engine: give --engine too")
     engines = _engines() if args.engine is None else _engine(args.engine, args.options, args.slots)
-    findings = [_python(), *engines, _gpu()]
+    findings, relays = [_python(), *engines, _gpu()], []
     url = args.relay or environ.get("RELAY_URL")
     if url:
         try:
@@ -68,7 +68,8 @@ def run_doctor(args: argparse.Namespace, environ: Mapping[str, str] | None = Non
             raise ConfigError(str(fault)) from None
         import trio
 
-        findings.append(trio.run(_relay, address, token))
+        relays = [trio.run(_relay, each, token) for each in address.each]
+        findings += relays
     if args.json:
         print(json.dumps([attrs.asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:
@@ -76,7 +77,7 @@ def run_doctor(args: argparse.Namespace, environ: Mapping[str, str] | None = Non
             print(f"{finding.what:<18} {finding.outcome:<12} {finding.words}")
             if finding.install:
                 print(f"{'':<18} {'':<12} install it with: {finding.install}")
-    if any(finding.outcome == "unreachable" for finding in findings):
+    if relays and all(finding.outcome == "unreachable" for finding in relays):  # a standby need not listen
         return 3
     runs = any(finding.outcome == "ok" for finding in engines)
     return 0 if runs and all(finding.outcome != "failed" for finding in findings) else 1
@@ -168,6 +169,8 @@ async def _relay(address: Address, token: str | None) -> Finding:
             welcome = await log_in(link, hello)
             return Finding(what=what, outcome="ok", words=f"{address} accepts the token, as {welcome.principal!r}")
     except LoginRefused as refusal:
+        if refusal.code == ErrorCode.NOT_OWNER:
+            return Finding(what=what, outcome="ok", words=f"{address} stands by: {refusal}")
         return Finding(what=what, outcome="failed", words=f"{address} refuses the login: {refusal.code}: {refusal}")
     except (LinkError, ProtocolError) as fault:
         return Finding(what=what, outcome="unreachable", words=f"{address}: {fault}")

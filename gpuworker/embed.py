@@ -139,7 +139,8 @@ def serve(
         call: any callable that engine `function` accepts, or a subclass of `Engine` without required options. Each
             slot makes its own instance of a class, in its own thread.
         space: its name on the relay.
-        url: the relay's address; default: RELAY_URL, else the relay on this machine.
+        url: the relay's address, or several with commas between them; default: RELAY_URL, else the relay on this
+            machine.
         token: a worker's token; default: RELAY_TOKEN or RELAY_TOKEN_FILE.
         name: the worker's name as shown to people; default: the host name.
         slots: calls at once. Leave it at one unless `call` may be called from several threads at the same time.

@@ -237,7 +237,7 @@ class Worker:
 
     async def _serve(self, link: Link, welcome: Welcome) -> None:
         """Serve one link from its login to its end; also returns, with the link alive, when the worker leaves."""
-        log.info("connected to %s as %r", self._address, welcome.principal)
+        log.info("connected to %s as %r", link.peer, welcome.principal)
         limit = welcome.limits.get("max_result_bytes")
         self._max_result_bytes = limit if type(limit) is int and limit > 0 else MAX_RESULT_BYTES
         self._link, self._announced = link, None

@@ -21,7 +21,8 @@ from protocol.wire.errors import ConnectError, LinkError, LoginRefused, Protocol
 EPILOG = """\
 environment:
   RELAY_URL         ws://host:port, wss://host, the page's http(s):// address or unix:PATH;
-                    default: the local relay's socket
+                    default: the local relay's socket; or several with commas
+                    between them: relays that stand in for each other
   RELAY_TOKEN       the token, or
   RELAY_TOKEN_FILE  a file that contains it
   SSL_CERT_FILE     the certificates to trust with wss://, if not those of the system

@@ -105,7 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="relay-tui", description="Watch and steer a relay: its spaces, workers, requests and clients."
     )
     parser.add_argument("--version", action=ShowVersion)
-    url = "ws://host:port, wss://…, http(s):// as of the page, or unix:PATH; default: RELAY_URL, else the local socket"
+    url = (
+        "ws://host:port, wss://…, http(s):// as of the page, or unix:PATH, or several with commas between them; "
+        "default: RELAY_URL, else the local socket"
+    )
     parser.add_argument("--url", help=url)
     parser.add_argument("--readonly", action="store_true", help="watch without steering; the relay enforces it")
     parser.add_argument("--once", action="store_true", help="print the overview once and exit")

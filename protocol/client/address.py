@@ -20,7 +20,7 @@ _SCHEMES: dict[str, Literal["tcp", "tls"]] = {"ws": "tcp", "wss": "tls", "http":
 
 @attrs.frozen(kw_only=True)
 class Address:
-    """The address of a relay.
+    """The address of a relay, or of several that stand in for each other.
 
     Args:
         kind: `tcp` (ws://), `tls` (wss://) or `unix`.
@@ -28,6 +28,7 @@ class Address:
         port: 1..65535; 0 for `unix`.
         path: the socket file, for `unix`.
         resource: the path requested in the WebSocket handshake.
+        others: the further relays of a list.
     """
 
     kind: Literal["tcp", "tls", "unix"]
@@ -35,17 +36,30 @@ class Address:
     port: int = 0
     path: str = ""
     resource: str = PATH
+    others: "tuple[Address, ...]" = ()
 
     def __str__(self) -> str:
+        if self.others:
+            return ",".join(map(str, self.each))
         if self.kind == "unix":
             return f"unix:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         prefix = self.resource.removesuffix(PATH)
         return f"{'wss' if self.kind == 'tls' else 'ws'}://{host}:{self.port}{prefix}"
 
+    @property
+    def each(self) -> "tuple[Address, ...]":
+        """The relays of the list, one by one."""
+        return (attrs.evolve(self, others=()), *self.others)
+
+    def rotated(self) -> "Address":
+        """The list with its second relay first, and its first one last."""
+        first, *others = (*self.each[1:], self.each[0])
+        return attrs.evolve(first, others=tuple(others))
+
 
 def parse_address(url: str) -> Address:
-    """Parse a relay URL.
+    """Parse a relay URL, or several with commas between them: relays that stand in for each other.
 
     Args:
         url: `ws://host[:port][/prefix]`, `wss://...` or `unix:PATH`; `/v1/relay` is appended if it is missing. The
@@ -54,11 +68,18 @@ def parse_address(url: str) -> Address:
     Raises:
         ValueError: it is none of these; the message says what is wrong and what is right.
     """
+    first, *others = dict.fromkeys(map(_parse_one, re.split(r"\s*,\s*(?=wss?:|https?:|unix:)", url.strip())))
+    return attrs.evolve(first, others=tuple(others))
+
+
+def _parse_one(url: str) -> Address:
     if url.startswith("unix:"):
         path = re.sub(r"^//(?=/)", "", url.removeprefix("unix:"))
         if not path:
             raise ValueError("relay URL 'unix:' lacks the path of the socket (unix:/run/relayd/relayd.sock)")
         return Address(kind="unix", path=os.path.expanduser(path))  # noqa: PTH111  Path would drop a trailing '/'
+    if "," in url:
+        raise ValueError(f"relay URL {url!r}: write each relay of a list in full, as in ws://a:8765,ws://b:8765")
     try:
         parts = urlsplit(url)
     except ValueError as fault:

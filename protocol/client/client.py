@@ -466,7 +466,8 @@ async def open_relay(
     """Connect and log in to a relay; until the block ends, the link is restored whenever it is lost.
 
     Args:
-        url: `ws://host:port`, `wss://...` or `unix:PATH`; None uses RELAY_URL, else the local unix socket.
+        url: `ws://host:port`, `wss://...` or `unix:PATH`, or several of them with commas between them, which stand in
+            for each other; None uses RELAY_URL, else the local unix socket.
         token: None uses RELAY_TOKEN, else the file named by RELAY_TOKEN_FILE, else no token; "" uses no token whatever
             the environment says.
         role: `client` or `operator`.

@@ -80,11 +80,15 @@ class TalkApi:
             ConnectError: there is no relay at this address, or it refuses the login.
             RequestFailed: it refuses the request.
         """
-        backoff = Backoff()
+        backoff, tries = Backoff(), 0
         while True:
             try:
                 return ask()
             except (OSError, HTTPException, Retry) as fault:
+                tries += 1
+                self.address = self.address.rotated()
+                if tries % (1 + len(self.address.others)):
+                    continue  # the next of the list, at once
                 if not self._was_up:
                     raise ConnectError(f"cannot connect to {self.address}: {fault}") from fault
                 delay_s = backoff.next_s()
@@ -133,7 +137,7 @@ def _refusal(status: int, body: bytes) -> Exception:
         code, message, details = f"http_{status}", f"the relay answered with status {status}", {}
     if status == 401:
         return LoginRefused(code, message)
-    if code == "shutting_down" or status in (502, 504):
+    if code in ("shutting_down", "not_owner") or status in (502, 504):
         return Retry(message)
     if status == 404 and code == "not_found":
         message += "; does the relay hold conversations? It does with a table [talk] in relayd.toml"

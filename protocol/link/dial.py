@@ -13,6 +13,7 @@ from protocol.link.base import CLOSE_S as CLOSE_S
 from protocol.link.base import Link as Link
 from protocol.link.connect import connect, perform_handshake
 from protocol.link.limits import LinkLimits as LinkLimits
+from protocol.link.places import Places
 from protocol.link.stream_link import StreamLink
 from protocol.wire.codec import decode
 from protocol.wire.errors import ConnectError, ErrorCode, LinkBroken, LinkError, LoginRefused, ProtocolError
@@ -20,6 +21,8 @@ from protocol.wire.messages import FROM_RELAY, Error, Hello, Rejected, Welcome
 
 #: For the TCP, TLS and WebSocket handshakes together.
 CONNECT_TIMEOUT_S = 10.0
+#: The same for a relay of a list that was lost or did not answer before: another may have taken over meanwhile.
+DOUBTFUL_TIMEOUT_S = 2.0
 #: From sending `hello` to receiving `welcome`.
 LOGIN_TIMEOUT_S = 10.0
 
@@ -100,7 +103,8 @@ async def log_in(link: Link, hello: Hello) -> Welcome:
         if isinstance(answer, Welcome):
             return answer
         if isinstance(answer, Error | Rejected):
-            raise LoginRefused(answer.code, answer.message)
+            url = answer.details.get("url") if answer.code == ErrorCode.NOT_OWNER else ""
+            raise LoginRefused(answer.code, answer.message, url if isinstance(url, str) else "")
         raise ProtocolError(f"the relay answered hello with {answer.TYPE!r}")
     raise LinkBroken(f"{link.peer} did not answer the login within {LOGIN_TIMEOUT_S:g} s")
 
@@ -118,7 +122,8 @@ async def run_with_reconnect(
     """Connect, log in and serve, again after each loss.
 
     Args:
-        address: the relay's address.
+        address: the relay's address. Of a list, each is tried before the wait that follows a failure; one that refuses
+            the login with `not_owner` and names another is followed there.
         hello: sent at every login.
         serve: called with each new link. If it returns while the link is not broken, this function returns too; if it
             raises LinkError or ProtocolError, or returns because the link broke, a new link is made.
@@ -130,35 +135,52 @@ async def run_with_reconnect(
     Raises:
         LoginRefused: the relay refused the login with a code that is not retryable.
     """
-    backoff = backoff or Backoff()
+    backoff, places = backoff or Backoff(), Places(address)
+    place = places.begin_round()
+    faults: list[LinkError] = []
+    served = False
     while True:
         fault: LinkError
         began = trio.current_time()
+        timeout_s = DOUBTFUL_TIMEOUT_S if places.doubts(place) else CONNECT_TIMEOUT_S
         try:
-            async with open_link(address, ssl_context=ssl_context, connect_to=connect_to) as link:
+            async with open_link(
+                place, ssl_context=ssl_context, connect_to=connect_to, connect_timeout_s=timeout_s
+            ) as link:
                 try:
                     welcome = await log_in(link, hello)
-                    began = trio.current_time()
+                    began, served = trio.current_time(), True
+                    places.note_answer(place)
                     await serve(link, welcome)
                 except ProtocolError as broken_rule:
                     await link.aclose(1002, str(broken_rule))
-                    raise LinkBroken(f"{address} broke the rules of the protocol: {broken_rule}") from broken_rule
+                    raise LinkBroken(f"{place} broke the rules of the protocol: {broken_rule}") from broken_rule
                 if not isinstance(link.gone, LinkBroken):
                     return
                 fault = link.gone
             backoff.note_uptime(trio.current_time() - began)
+            places.note_loss(place)
         except LoginRefused as refusal:
             if not _is_retryable(refusal.code):
                 raise
             fault = refusal
+            places.note_answer(place)
+            places.follow(place, refusal.url)
         except ConnectError as failure:
             fault = failure
+            places.note_loss(place)
         except LinkError as failure:
             backoff.note_uptime(trio.current_time() - began)
             fault = failure
+            places.note_loss(place)
+        faults.append(fault)
+        if not served and (following := places.next()) is not None:
+            place = following
+            continue
         delay_s = backoff.next_s()
-        on_down(fault, delay_s)
+        on_down(faults[0] if len(faults) == 1 else ConnectError("; ".join(map(str, faults))), delay_s)
         await trio.sleep(delay_s)
+        place, faults, served = places.begin_round(), [], False
 
 
 def _is_retryable(code: str) -> bool:

@@ -41,6 +41,7 @@ class ErrorCode(StrEnum):
     SLOW_CONSUMER = "slow_consumer"
     STORAGE_FULL = "storage_full"
     SHUTTING_DOWN = "shutting_down"
+    NOT_OWNER = "not_owner"
     INTERNAL = "internal"
 
     @property
@@ -65,6 +66,7 @@ _RETRYABLE = frozenset(
         ErrorCode.SLOW_CONSUMER,
         ErrorCode.STORAGE_FULL,
         ErrorCode.SHUTTING_DOWN,
+        ErrorCode.NOT_OWNER,
         ErrorCode.INTERNAL,
     }
 )
@@ -147,15 +149,17 @@ class ConnectError(LinkError):
 
 
 class LoginRefused(ConnectError):
-    """The relay answered and refused the login. Trying again unchanged will not help.
+    """The relay answered and refused the login. Unless the code is retryable, trying again unchanged will not help.
 
     Attributes:
         code: the reason, one of `ErrorCode` (`unauthenticated`, `forbidden`, `space_not_found`, ...).
+        url: with `not_owner`: the relay to log in to instead; "" if it is not known.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, url: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.url = url
 
 
 class RequestError(Exception):

@@ -37,6 +37,7 @@ STATUS: Mapping[str, int] = {
     ErrorCode.MODEL_NOT_LOADED: 503,
     ErrorCode.SLOW_CONSUMER: 503,
     ErrorCode.SHUTTING_DOWN: 503,
+    ErrorCode.NOT_OWNER: 503,
     ErrorCode.QUEUE_TIMEOUT: 504,
     ErrorCode.RUN_TIMEOUT: 504,
     ErrorCode.IDLE_TIMEOUT: 504,

@@ -59,10 +59,10 @@ async def test_a_standby_takes_over_from_a_killed_relay_and_its_listener_misses_
     async with a_relay(place) as relay, place.start("relayd", "serve", "--wait") as standby:
         holder = (await standby.event("standing by"))["why"]
         assert str(relay.process.pid) in holder
-        several = {"RELAY_URL": f"unix:{tmp_path}/nobody.sock,unix:{tmp_path}/state/relayd.sock"}
-        async with a_worker(place, relay, *MOCK, **several) as worker:
-            await place.run("relay", *say, "--param", "speed=0", "-o", "whole.wav", **several)
-            async with place.start("relay", *say, "-o", "cut.wav", "--json", **several) as client:
+        several = f"unix:{tmp_path}/nobody.sock,unix:{tmp_path}/state/relayd.sock"
+        async with a_worker(place, relay, *MOCK, RELAY_URL=several) as worker:
+            await place.run("relay", *say, "--param", "speed=0", "-o", "whole.wav", RELAY_URL=several)
+            async with place.start("relay", *say, "-o", "cut.wav", "--json", RELAY_URL=several) as client:
                 await client.audio_chunks(5)
                 assert not any('"listening"' in line for line in standby.lines)
                 relay.send_signal(signal.SIGKILL)

@@ -85,7 +85,8 @@ async def test_a_relay_killed_in_mid_reply_does_not_end_the_talk_and_costs_no_sa
     talk = ("talk", "-o", "spoken", "--json")
     async with a_relay(place) as relay, a_worker(place, relay, *SLOW), a_worker(place, relay, *VOICE):
         await place.run("relay", *talk, stdin=said)  # as it is when nothing is lost
-        async with place.start("relay", *talk, stdin=subprocess.PIPE) as client:
+        several = f"unix:{tmp_path}/nobody.sock,unix:{tmp_path}/state/relayd.sock"
+        async with place.start("relay", *talk, stdin=subprocess.PIPE, RELAY_URL=several) as client:
             assert client.process.stdin is not None
             await client.process.stdin.send_all(said)
             await lines_of(client, 2)

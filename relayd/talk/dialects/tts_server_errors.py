@@ -25,6 +25,7 @@ CODES: Mapping[str, str] = {
     ErrorCode.INTERNAL: "INTERNAL_ERROR",
     ErrorCode.STORAGE_FULL: "INTERNAL_ERROR",
     ErrorCode.SHUTTING_DOWN: "INTERNAL_ERROR",
+    ErrorCode.NOT_OWNER: "INTERNAL_ERROR",
 }
 
 

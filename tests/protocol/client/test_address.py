@@ -107,3 +107,15 @@ def test_a_token_file_that_holds_none_says_so(tmp_path: Path, content: bytes, wo
         read_token(path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_token(tmp_path / "none")
+
+
+def test_a_list_names_relays_that_stand_in_for_each_other() -> None:
+    a, b = Address(kind="tls", host="a", port=443), Address(kind="tcp", host="b", port=8765)
+    several = parse_address(" wss://a, http://b:8765/ ,wss://a,unix:/x")
+    assert several == Address(kind="tls", host="a", port=443, others=(b, Address(kind="unix", path="/x")))
+    assert str(several) == "wss://a:443,ws://b:8765,unix:/x"
+    assert parse_address(str(several)) == several
+    assert parse_address("wss://a") == a, "one is no list"
+    for url in ("ws://a:1,b:1", "ws://a:1,,ws://b:1", "ws://a:1,ws://b:1,"):
+        with pytest.raises(ValueError, match=r"write each relay of a list in full, as in ws://a:8765,ws://b:8765"):
+            parse_address(url)

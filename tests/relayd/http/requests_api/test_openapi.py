@@ -28,7 +28,7 @@ from tests.support.raw_http_client import visitor
 from tests.support.relay import daemon
 
 #: Codes that tell of what cannot happen to a request over HTTP: broken frames, workers, spaces being made.
-NOT_HERE = {"protocol_error", "unknown_type", "space_exists", "space_full", "slow_consumer"}
+NOT_HERE = {"protocol_error", "unknown_type", "space_exists", "space_full", "slow_consumer", "not_owner"}
 GUIDE = (Path(__file__).parents[4] / "docs" / "http.md").read_text()
 #: Whether params are taken is for the space's own schema to say, which the document cannot know.
 LEFT_OUT = {"positive_data_acceptance"}
