@@ -25,7 +25,7 @@ log = structlog.get_logger("relayd.wyoming")
 
 RECEIVE_BYTES = 64 * 1024
 #: Events that wait for those before them; further ones are not read.
-MAX_WAITING = 8
+MAX_WAITING = 4
 #: An open connection may be silent for so long while nothing is asked.
 IDLE_S = 600.0
 #: What an event takes of the event loop's time, and each byte of it.

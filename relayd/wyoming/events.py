@@ -14,8 +14,8 @@ VERSION = "1.10.2"
 MAX_LINE_BYTES = 64 * 1024
 #: Data holds a text, in JSON, of which each character may take six bytes.
 MAX_DATA_BYTES = 512 * 1024
-#: Half a minute of sound at 16 kHz; programs send some hundredths of a second at a time.
-MAX_PAYLOAD_BYTES = 1024 * 1024
+#: Eight seconds of sound at 16 kHz; programs send some hundredths of a second at a time.
+MAX_PAYLOAD_BYTES = 256 * 1024
 #: Characters of a name that an error repeats.
 SHOWN_CHARS = 64
 
