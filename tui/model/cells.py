@@ -7,6 +7,7 @@ import attrs
 from tui.model import formatting, state_glyphs
 from tui.model.relay_model import RelayModel, RowView
 from tui.model.state_glyphs import Token
+from tui.model.waiting import starts_s
 
 DIM: Token = "dim"
 #: Width of a progress bar beside its percentage.
@@ -139,6 +140,12 @@ def place(view: RowView, _now: float) -> Cell:
             return Cell("done" if not audio else f"{audio:.1f} s out", DIM)
         case _:
             return NOTHING
+
+
+def starts(view: RowView, now: float) -> Cell:
+    """When a queued request is likely to start; it counts down."""
+    value = starts_s(view, now)
+    return NOTHING if value is None else Cell(formatting.age(value), DIM)
 
 
 def position(view: RowView, _now: float) -> Cell:

@@ -1,8 +1,10 @@
 """The relay as the screen knows it: the rows of each topic, their age, and the rates of the last minute. No I/O."""
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from statistics import median
 
 import attrs
 
@@ -15,6 +17,8 @@ from protocol.wire.validators import Value
 HISTORY_S = 60
 #: Lines kept of `log` and `audit`, which the relay never removes.
 MAX_LINES = 5_000
+#: The latest completed requests of a space that say how long one takes.
+MAX_SAMPLES = 20
 LINES = frozenset({"log", "audit"})
 
 
@@ -98,6 +102,9 @@ class RelayModel:
     updated_at: float = 0.0
     _positions: dict[str, int] = attrs.field(factory=dict)
     _positions_of: int = -1
+    _by_state: "dict[tuple[str, str], list[RowView]]" = attrs.field(factory=dict)
+    _by_state_of: int = -1
+    _usual: dict[str, float | None] = attrs.field(factory=dict)
 
     def apply(self, change: Snapshot | Delta, now: float) -> None:
         """Replace everything by a snapshot, or some rows by those of a delta."""
@@ -152,6 +159,23 @@ class RelayModel:
         """The queued requests of a space, in order."""
         views = [self.get("requests", request_id) for request_id in self.positions]
         return [view for view in views if view is not None and view.text("space") == space]
+
+    def rows_in(self, state: str, space: str) -> list[RowView]:
+        """The requests of a space in a state, in no particular order."""
+        if self._by_state_of != self.versions.get("requests", 0):
+            self._by_state_of, self._by_state, self._usual = self.versions.get("requests", 0), {}, {}
+            for view in self.topics.get("requests", {}).values():
+                self._by_state.setdefault((view.text("state"), view.text("space")), []).append(view)
+        return self._by_state.get((state, space), [])
+
+    def usual_run_s(self, space: str) -> float | None:
+        """How long a request of a space runs: the median of the latest that completed."""
+        completed = self.rows_in("completed", space)
+        if space not in self._usual:
+            latest = heapq.nlargest(MAX_SAMPLES, completed, key=lambda view: view.born("ended_s") or 0.0)
+            times = [run_s for view in latest if (run_s := view.number("run_s")) is not None]
+            self._usual[space] = median(times) if times else None
+        return self._usual[space]
 
     @property
     def positions(self) -> Mapping[str, int]:

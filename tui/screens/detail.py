@@ -18,6 +18,7 @@ from tui.model.feed import Ask, Listen
 from tui.model.formatting import fit, plain
 from tui.model.relay_model import RelayModel, RowView
 from tui.model.state_glyphs import Kind
+from tui.model.waiting import why
 from tui.screens.base import RelayScreen
 from tui.widgets.cell_widget import Piece
 from tui.widgets.facts import Facts
@@ -170,7 +171,7 @@ class RequestDetail(RowDetail):
             id_text = f"  {plain(worker_id)}" if name else plain(worker_id)
             lines.append([_label("worker"), (plain(name), ""), (id_text, "dim")])
         if view.position is not None:
-            lines.append(_fact("position", view.position))
+            lines += _texts("waits", why(view, now), "", self.size.width)
         if isinstance(group := self._told.get("group"), str) and group:
             lines.append([_label("group"), (plain(group), "")])
         lines.append([_label("output"), (self._output(view), "")])

@@ -17,7 +17,7 @@ from tui.model.actions import TOPIC_OF
 from tui.model.columns import COLUMNS
 
 #: Columns made from other keys of the row.
-MADE = {"place", "state", "count"}
+MADE = {"place", "state", "count", "starts"}
 
 
 async def told_by_a_relay(tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
