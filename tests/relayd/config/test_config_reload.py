@@ -111,6 +111,21 @@ async def test_of_conversations_all_is_read_again_but_what_is_open(tmp_path: Pat
 
 
 @pytest.mark.trio
+async def test_who_may_connect_to_the_wyoming_protocol_is_read_again(tmp_path: Path) -> None:
+    first = 'listen = ""\n[spaces.tts]\n'
+    async with reloading(tmp_path, first + '[wyoming]\nlisten = "127.0.0.1:0"\n') as it:
+        more = '[wyoming]\nlisten = "127.0.0.1:1"\nallow = ["10.0.0.0/8"]\nprincipal = "hall"\n'
+        told = await it.reload(first + more)
+        settings = it.relay.config.wyoming
+        assert settings is not None
+        assert (settings.listen, settings.principal, settings.allow) == ("127.0.0.1:0", "hall", ("10.0.0.0/8",))
+        assert told["needs_restart"] == ["wyoming.listen: 127.0.0.1:0 -> 127.0.0.1:1"]
+        told = await it.reload(first)
+        assert it.relay.config.wyoming == settings
+        assert told["needs_restart"]
+
+
+@pytest.mark.trio
 async def test_limits_level_and_spaces_are_read_again_and_what_needs_a_restart_is_told(tmp_path: Path) -> None:
     first = 'listen = ""\n[log]\nlevel = "info"\n[spaces.tts]\n[spaces.old]\n'
     second = (
