@@ -401,8 +401,10 @@ class RelayTui(App[int]):
         screen = self.screen
         if isinstance(screen, RelayScreen) and (table := screen.table) is not None:
             screen.redraw()
+            if not table.show(key) and table.order.filter.text:
+                screen.filter_by("")  # what is jumped to is wanted more than the filter that hides it
             if not table.show(key):
-                self.show_notice(f"{short_id(plain(key))} is not shown in {topic}; is there a filter?", "warn")
+                self.show_notice(f"{short_id(plain(key))} is not there any more", "warn")
 
 
 def _described(view: RowView) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.tui.screen import Stage, a_client, a_line, a_request, a_space, a_stage, a_talk, a_worker
 from tui.model.columns import COLUMNS, choose
+from tui.screens.base import RelayScreen
 from tui.screens.dialogs import ExportDialog, HelpDialog, JumpDialog
 
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)
@@ -378,3 +379,17 @@ async def test_hundreds_of_requests_are_cancelled_at_once_and_the_question_says_
         await stage.press("y")
         await stage.until(lambda: len(stage.source.asked) == 600)
         await stage.until(lambda: "cancelled 600 requests" in stage.text)
+
+
+@pytest.mark.asyncio
+async def test_a_jump_takes_off_the_filter_that_hides_its_row() -> None:
+    async with a_stage(screen="4") as stage:
+        await three_requests(stage)
+        await stage.press("slash", *"anna", "enter")
+        assert stage.keys_shown == [A]
+        await stage.press("colon")
+        await stage.until(lambda: "Screen, space" in stage.text)
+        await stage.press(*"bbbb", "enter")
+        await stage.until(lambda: "filter" not in stage.lines[1])
+        await stage.until(lambda: isinstance(stage.app.screen, RelayScreen) and stage.table.cursor == B)
+        assert stage.keys_shown == [A, B, C]

@@ -266,7 +266,10 @@ class RelayScreen(Screen[None]):
     def filter_by(self, text: str) -> None:
         """Apply a filter, as if it had been typed."""
         line = self.query_one("#filter", Input)
-        line.value = text
+        with line.prevent(Input.Changed):
+            line.value = text
+        if (table := self.table) is not None:
+            table.filter_by(Filter.of(text))
         self._leave_filter()
 
     def _leave_filter(self) -> None:
