@@ -13,9 +13,11 @@ from protocol.client.client import RelayClient, open_relay
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, RequestRejected
 from protocol.wire.messages import Rejected, Snapshot
 from protocol.wire.validators import Value
+from relayd.auth.passwords import hash_password
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits
+from relayd.auth.users import UserRegistry, check_name, check_password, no_such_user
 from relayd.config.schema import Config
-from relayd.core.space_rules import check_new_space, refuse_configured
+from relayd.core.space_rules import check_changed_space, check_new_space, refuse_configured
 from relayd.scheduling.scheduler import no_such_space
 from relayd.store.base import StoreError, StoreInUse
 from relayd.store.factory import OfflineStore, open_offline
@@ -39,6 +41,9 @@ class Admin(Protocol):
 
     async def create_space(self, name: str, options: dict[str, Value]) -> None:
         """Create a space."""
+
+    async def change_space(self, name: str, options: dict[str, Value]) -> None:
+        """Change some settings of a space."""
 
     async def spaces(self) -> list[Row]:
         """Return all spaces."""
@@ -66,6 +71,24 @@ class Admin(Protocol):
 
     async def revoke_token(self, which: str) -> list[str]:
         """Revoke a token by its id, or all tokens of a principal; returns the ids of the revoked tokens."""
+
+    async def create_user(self, name: str, role: str, password: str) -> None:
+        """Add a user of the page; without a password, one who logs in at a proxy."""
+
+    async def users(self) -> list[Row]:
+        """Return all users, and behind them the open invitations."""
+
+    async def set_user_password(self, name: str, password: str) -> None:
+        """Set the password of a user."""
+
+    async def set_user_role(self, name: str, role: str) -> None:
+        """Set the role of a user."""
+
+    async def remove_user(self, which: str) -> None:
+        """Remove a user by the name, or take back an invitation by its id."""
+
+    async def create_invite(self, role: str, expires: str | None) -> Row:
+        """Make an invitation; the row's `code` is the secret."""
 
     async def rows(self, topic: str) -> list[Row]:
         """Return the current rows of a topic, `workers` or `requests`."""
@@ -135,6 +158,10 @@ class Online:
         """See `Admin`."""
         await self.relay.steer("create_space", name, **options)
 
+    async def change_space(self, name: str, options: dict[str, Value]) -> None:
+        """See `Admin`."""
+        await self.relay.steer("change_space", name, **options)
+
     async def spaces(self) -> list[Row]:
         """See `Admin`."""
         return await self.rows("spaces")
@@ -164,10 +191,14 @@ class Online:
 
     async def tokens(self) -> list[Row]:
         """See `Admin`."""
+        return await self._listed("list_tokens", "tokens", "token_id")
+
+    async def _listed(self, action: str, name: str, key: str) -> list[Row]:
+        """Return all rows of a list that comes in pages."""
         rows: list[Row] = []
         while True:
-            page = await self.relay.steer("list_tokens", after=rows[-1]["token_id"] if rows else "")
-            rows += page["tokens"]
+            page = await self.relay.steer(action, after=rows[-1][key] if rows else "")
+            rows += page[name]
             if not page["more"]:
                 return rows
 
@@ -175,6 +206,30 @@ class Online:
         """See `Admin`."""
         revoked: list[str] = (await self.relay.steer("revoke_token", which))["revoked"]
         return revoked
+
+    async def create_user(self, name: str, role: str, password: str) -> None:
+        """See `Admin`."""
+        await self.relay.steer("create_user", name, role=role, password=password)
+
+    async def users(self) -> list[Row]:
+        """See `Admin`."""
+        return await self._listed("list_users", "users", "id")
+
+    async def set_user_password(self, name: str, password: str) -> None:
+        """See `Admin`."""
+        await self.relay.steer("set_user_password", name, password=password)
+
+    async def set_user_role(self, name: str, role: str) -> None:
+        """See `Admin`."""
+        await self.relay.steer("set_user_role", name, role=role)
+
+    async def remove_user(self, which: str) -> None:
+        """See `Admin`."""
+        await self.relay.steer("remove_user", which)
+
+    async def create_invite(self, role: str, expires: str | None) -> Row:
+        """See `Admin`."""
+        return await self.relay.steer("create_invite", role=role, expires=expires)
 
     async def rows(self, topic: str) -> list[Row]:
         """See `Admin`."""
@@ -212,6 +267,14 @@ class Offline:
         if isinstance(config, Rejected):
             raise AdminError(config.message)
         self.store.commit(PutSpace(SpaceRecord(name=name, config=config, created_at=time.time())))
+
+    async def change_space(self, name: str, options: dict[str, Value]) -> None:
+        """See `Admin`."""
+        record = self._space(name)
+        config = check_changed_space(record, options)
+        if isinstance(config, Rejected):
+            raise AdminError(config.message)
+        self.store.commit(PutSpace(attrs.evolve(record, config=config)))
 
     async def spaces(self) -> list[Row]:
         """See `Admin`."""
@@ -288,6 +351,63 @@ class Offline:
             raise AdminError(f"no live token has the id or the principal {which!r}; see relayd token list")
         self.store.commit(*map(PutToken, revoked))
         return [record.token_id for record in revoked]
+
+    def _registry(self) -> UserRegistry:
+        loaded, users = self.store.load(), UserRegistry()
+        users.load(loaded.users, loaded.sessions, loaded.invites)
+        return users
+
+    async def create_user(self, name: str, role: str, password: str) -> None:
+        """See `Admin`."""
+        try:
+            check_name(name)
+            if password:
+                check_password(password, name, self.config.users)
+            added = self._registry().add(name, role, hash_password(password) if password else "", time.time())
+        except ValueError as fault:
+            raise AdminError(str(fault)) from None
+        self.store.commit(added)
+
+    async def users(self) -> list[Row]:
+        """See `Admin`."""
+        return self._registry().rows(time.time())
+
+    async def set_user_password(self, name: str, password: str) -> None:
+        """See `Admin`."""
+        try:
+            check_password(password, name, self.config.users)
+        except ValueError as fault:
+            raise AdminError(str(fault)) from None
+        self._change_user(name, password=hash_password(password))
+
+    async def set_user_role(self, name: str, role: str) -> None:
+        """See `Admin`."""
+        self._change_user(name, role=role)
+
+    async def remove_user(self, which: str) -> None:
+        """See `Admin`."""
+        if (taken := self._registry().take_invite(which)) is not None:
+            self.store.commit(taken)
+        else:
+            self._change_user(which, password="", removed_at=time.time())
+
+    def _change_user(self, name: str, **fields: Value) -> None:
+        users = self._registry()
+        if (user := users.find(name)) is None:
+            raise AdminError(no_such_user(name))
+        ended = users.end_sessions(users.sessions_of(user.user_id))
+        self.store.commit(users.change(user, **fields), *ended)
+
+    async def create_invite(self, role: str, expires: str | None) -> Row:
+        """See `Admin`."""
+        now = time.time()
+        try:
+            expires_at = parse_expires(expires, now) if expires is not None else None
+            new, change = self._registry().invite(role, now, expires_at)
+        except ValueError as fault:
+            raise AdminError(str(fault)) from None
+        self.store.commit(change)
+        return {"code": new.text, "id": new.record.invite_id}
 
     async def rows(self, topic: str) -> list[Row]:
         """See `Admin`."""

@@ -36,9 +36,20 @@ def run_admin(args: argparse.Namespace, config: Config) -> int:
 
 
 async def _space_create(admin: Admin, args: argparse.Namespace) -> None:
-    options: dict[str, Value] = {key: getattr(args, key) for key in SpaceConfig.field_names()}
-    await admin.create_space(args.name, {key: value for key, value in options.items() if value is not None})
+    await admin.create_space(args.name, _settings(args))
     print(f"space {args.name} created", file=sys.stderr)
+
+
+async def _space_change(admin: Admin, args: argparse.Namespace) -> None:
+    if not (options := _settings(args)):
+        raise AdminError("nothing to change: name a setting, such as --max-queued 50; see relayd space change --help")
+    await admin.change_space(args.name, options)
+    print(f"space {args.name} changed", file=sys.stderr)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Value]:
+    options: dict[str, Value] = {key: getattr(args, key) for key in SpaceConfig.field_names()}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 async def _space_list(admin: Admin, args: argparse.Namespace) -> None:
@@ -80,6 +91,59 @@ async def _token_revoke(admin: Admin, args: argparse.Namespace) -> None:
     print(f"revoked {', '.join(await admin.revoke_token(args.which))}", file=sys.stderr)
 
 
+async def _user_add(admin: Admin, args: argparse.Namespace) -> None:
+    password = "" if args.no_password else _read_password(args.name)
+    await admin.create_user(args.name, args.role, password)
+    print(f"user {args.name} added", file=sys.stderr)
+
+
+async def _user_list(admin: Admin, args: argparse.Namespace) -> None:
+    columns = ("name", "role", "state", "created", "seen", "sessions", "expires", "id")
+    _print_rows(await admin.users(), columns, args.json)
+
+
+async def _user_passwd(admin: Admin, args: argparse.Namespace) -> None:
+    await admin.set_user_password(args.name, _read_password(args.name))
+    print(f"password of {args.name} set; the user's sessions have ended", file=sys.stderr)
+
+
+async def _user_role(admin: Admin, args: argparse.Namespace) -> None:
+    await admin.set_user_role(args.name, args.role)
+    print(f"user {args.name} is a {args.role}; the user's sessions have ended", file=sys.stderr)
+
+
+async def _user_remove(admin: Admin, args: argparse.Namespace) -> None:
+    await admin.remove_user(args.which)
+    print(f"{args.which} removed", file=sys.stderr)
+
+
+async def _user_invite(admin: Admin, args: argparse.Namespace) -> None:
+    row = await admin.create_invite(args.role, args.expires)
+    if args.json:
+        print(printable_json([row]))
+        return
+    print(f"{row['id']}: for one user, shown once; the link is the page's address with /#invite=CODE", file=sys.stderr)
+    print(row["code"])
+
+
+def _read_password(name: str) -> str:
+    """Ask for a password on the terminal, twice; else read a line of standard input.
+
+    Raises:
+        AdminError: there is none, or the two differ.
+    """
+    if not sys.stdin.isatty():
+        if password := sys.stdin.readline().rstrip("\r\n"):
+            return password
+        raise AdminError("no password: type it on a terminal, or give it as a line on standard input")
+    import getpass
+
+    password = getpass.getpass(f"password for {name}: ")
+    if password != getpass.getpass("again: "):
+        raise AdminError("the two passwords differ; nothing was changed")
+    return password
+
+
 async def _workers(admin: Admin, args: argparse.Namespace) -> None:
     columns = ("worker_id", "state", "spaces", "engine", "slots", "busy", "rtt_ms", "peer", "principal")
     _print_rows(await admin.rows("workers"), columns, args.json)
@@ -112,6 +176,7 @@ def _cell(value: Value) -> str:
 
 COMMANDS: Mapping[str, Callable[[Admin, argparse.Namespace], Awaitable[None]]] = {
     "space create": _space_create,
+    "space change": _space_change,
     "space list": _space_list,
     "space pause": _space_pause,
     "space resume": _space_resume,
@@ -119,6 +184,12 @@ COMMANDS: Mapping[str, Callable[[Admin, argparse.Namespace], Awaitable[None]]] =
     "token create": _token_create,
     "token list": _token_list,
     "token revoke": _token_revoke,
+    "user add": _user_add,
+    "user list": _user_list,
+    "user passwd": _user_passwd,
+    "user role": _user_role,
+    "user remove": _user_remove,
+    "user invite": _user_invite,
     "workers": _workers,
     "requests": _requests,
     "drain": _drain,

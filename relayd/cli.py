@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     spaces = commands.add_parser("space", help="create and manage spaces").add_subparsers(metavar="WHAT", required=True)
     add("space create", "create a space", under=spaces, arguments=_space_options)
+    add("space change", "change settings of a space; the others stay", under=spaces, arguments=_space_options)
     add("space list", "list all spaces", listing, spaces)
     for name, summary in (
         ("pause", "start and accept no new requests in a space"),
@@ -81,6 +82,26 @@ def _parser() -> argparse.ArgumentParser:
     add("token list", "list all tokens, without their secrets", listing, tokens)
     revoke = add("token revoke", "revoke a token and close its connections", under=tokens)
     revoke.add_argument("which", metavar="ID|NAME")
+
+    users = commands.add_parser("user", help="manage the users of the page").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    user = add("user add", "add a user; asks for the password, or reads it from standard input", under=users)
+    user.add_argument("name")
+    user.add_argument("--role", choices=("client", "operator"), default="client")
+    user.add_argument("--no-password", action="store_true", help="the user logs in at a proxy ([users] proxy_header)")
+    add("user list", "list the users and the open invitations", listing, users)
+    add("user passwd", "set a user's password, as for `add`, and end the user's sessions", under=users).add_argument(
+        "name"
+    )
+    user = add("user role", "set a user's role, and end the user's sessions", under=users)
+    user.add_argument("name")
+    user.add_argument("role", choices=("client", "operator"))
+    user = add("user remove", "remove a user and end the user's sessions, or take back an invitation", under=users)
+    user.add_argument("which", metavar="NAME|ID")
+    user = add("user invite", "make an invitation for one user, and print only its code on stdout", listing, users)
+    user.add_argument("--role", choices=("client", "operator"), default="client")
+    user.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: in 7 days")
 
     add("workers", "list the workers of the running relay", listing)
     add("requests", "list the requests of the running relay", listing)

@@ -19,7 +19,7 @@ from relayd.config.schema import Config, ConfigError
 #: Descriptors that the daemon asks the system for.
 MAX_FILES = 65_536
 #: Import names of the packages in the extra `relay`.
-EXTRA = ("h11", "lameenc", "prometheus_client", "python_multipart", "starlette", "structlog")
+EXTRA = ("argon2", "h11", "lameenc", "prometheus_client", "python_multipart", "starlette", "structlog")
 
 
 class ExtraMissing(Exception):

@@ -183,6 +183,7 @@ async def open_daemon(
             admission = Admission(relay)
             tokens = TokenRegistry(loaded.tokens)
             http_context = HttpContext(relay, admission, tokens, _open_signer(config))
+            http_context.accounts.restore(loaded)
             http = HttpServer(http_context, make_app(http_context, _talk_routes(http_context)))
             door_servers = [HttpServer(http_context, door.make_app(http_context)) for door in doors]
             foreign = [(sockets, _wyoming_server(http_context)) for sockets in wyoming_listeners]
@@ -199,6 +200,7 @@ async def open_daemon(
             nursery.start_soon(relay.results.serve_retention)
             nursery.start_soon(serve_token_retention, tokens, store)
             nursery.start_soon(http_context.serve)
+            nursery.start_soon(http_context.accounts.serve)
             manager = ServiceManager.from_environment()
             reload = Reload(relay, tokens, tls_context, reread, manager) if reread else None
             if reload is not None:
@@ -214,7 +216,9 @@ async def open_daemon(
             ):
                 del loaded  # this frame lives as long as the daemon, and what has been restored is in the relay
                 budget = ConnectionBudget(lambda: relay.config, http_context.failures)
-                gateway = Gateway(relay, admission, tokens, reactor, connections, shutdown.drain, budget)
+                gateway = Gateway(
+                    relay, admission, tokens, http_context.accounts, reactor, connections, shutdown.drain, budget
+                )
                 connections.start_soon(gateway.serve_login_timeouts)
                 accepting = trio.CancelScope()
 

@@ -43,6 +43,11 @@ class LoginThrottle:
         times.append(now)
         return None
 
+    def take_back(self, address: str) -> None:
+        """Forget the latest failure of `address`: the login succeeded, and was counted before that was known."""
+        if times := self._times.get(network_of(address)):
+            times.pop()
+
     def is_throttled(self, address: str, now: float) -> bool:
         """Whether the next failure of `address` would be one too many."""
         times = self._times.get(network_of(address))

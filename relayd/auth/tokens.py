@@ -35,6 +35,9 @@ SPACE_GLOB = re.compile(r"[A-Za-z0-9._*?\[\]!-]{1,128}")
 TOKEN_ID_PREFIX = "tok_"
 #: Patterns that match no space.
 NO_SPACES = ("",)
+#: Of the ids of tokens, users, sessions and invitations: no principal is named like one.
+USER_ID, SESSION_ID, INVITE_ID = "usr_", "ses_", "inv_"
+ID_PREFIXES = (TOKEN_ID_PREFIX, USER_ID, SESSION_ID, INVITE_ID)
 
 _PREFIXES = {role: f"rly_{role[0]}_" for role in ROLES}
 #: Role of a token -> roles it may log in as.
@@ -85,6 +88,7 @@ class Principal:
         spaces: patterns of the spaces it may use; empty for all.
         token_id: id of its token; None for a `local` login, by the credentials of the unix socket.
         expires_at: when its token expires, in Unix seconds.
+        user_id: id of its user; None for a token's, and for a `local` login. `token_id` is then that of its session.
     """
 
     name: str
@@ -95,6 +99,12 @@ class Principal:
     readonly: bool = False
     limits: TokenLimits = attrs.field(factory=TokenLimits)
     expires_at: float | None = None
+    user_id: str | None = None
+
+    @property
+    def link_id(self) -> str:
+        """With what the links to results end that it makes: its user, not the session, or its token; "" for neither."""
+        return self.user_id or self.token_id or ""
 
     def may_use(self, space: str) -> bool:
         """Whether it may use `space`: one of its patterns matches, or it has none."""
@@ -219,6 +229,11 @@ class TokenRegistry:
         record = self._by_id.get(token_id)
         return record is not None and record.live(now)
 
+    def knows(self, name: str) -> bool:
+        """Whether a token, also one that has ended, or a local login has this principal, in whatever case."""
+        names = {record.principal for record in self._by_id.values()} | {*self._local_names.values()}
+        return name.lower() in {each.lower() for each in names}
+
     # -- managing tokens -
 
     def create(
@@ -248,10 +263,10 @@ class TokenRegistry:
         """
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, not {role!r}")
-        if not PRINCIPAL_PATTERN.fullmatch(name) or name.startswith(TOKEN_ID_PREFIX):
+        if not PRINCIPAL_PATTERN.fullmatch(name) or name.startswith(ID_PREFIXES):
             raise ValueError(
                 f"{name!r} is not a valid name: start with a letter or digit, then letters, digits and . _ @ -, "
-                f"64 at most, and not starting with {TOKEN_ID_PREFIX}"
+                f"64 at most, and not starting with {', '.join(ID_PREFIXES)}"
             )
         patterns = tuple(dict.fromkeys(spaces))
         for pattern in patterns:

@@ -184,6 +184,15 @@ def _find_conflicts(raw: Mapping[str, Value]) -> Iterator[str]:
     yield from _find_conflicts_of_wyoming(raw.get("wyoming"))
     if raw.get("trusted_proxies") and raw.get("behind_proxy", False) is False:
         yield "trusted_proxies: has no effect without behind_proxy = true"
+    users = raw.get("users")
+    if isinstance(users, dict) and users.get("proxy_header"):
+        if not raw.get("trusted_proxies"):
+            yield (
+                "users.proxy_header: needs trusted_proxies, the addresses of the proxies that may name users: "
+                "anybody else who reaches the relay could name any"
+            )
+        if users.get("enabled", False) is False:
+            yield "users.proxy_header: has no effect without users.enabled = true"
     if raw.get("unix_socket", True) is False:
         if listen == "":
             yield 'listen: there is nothing to listen on: it is "" and unix_socket is false'

@@ -76,6 +76,7 @@ def origin(value: Value) -> None:
 
 _TURN = re.compile(r"turns?:[^\s/?#@]+(\?transport=(udp|tcp))?")
 _STUN = re.compile(r"stuns?:[^\s/?#@]+")
+_HEADER = re.compile(r"[A-Za-z0-9-]{0,64}")
 
 
 def turn_url(value: Value) -> None:
@@ -178,6 +179,12 @@ def optional_space(value: Value) -> None:
     """Check a space name, or ""; raises `ValueError`."""
     if value != "":
         space_name(value)
+
+
+def header_name(value: Value) -> None:
+    """The name of an HTTP header; "" for none."""
+    if not isinstance(value, str) or not _HEADER.fullmatch(value):
+        raise ValueError(f'must be the name of a header, such as "Remote-User", or "", not {value!r}')
 
 
 seconds = number(0.001, 1e7)

@@ -162,6 +162,27 @@ class Http:
 
 
 @attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
+class Users:
+    """Users, who log in to the page with a name and a password.
+
+    Args:
+        enabled: whether there are any; programs use tokens all the same.
+        registration: `off`: operators add users; `invite`: whoever has an invitation registers.
+        session_idle_s: how long a login lasts without being used.
+        session_max_s: how long it lasts at most.
+        min_password_chars: of a new password.
+        proxy_header: the header in which a proxy of `trusted_proxies` names the user whom it has logged in; or "".
+    """
+
+    enabled: Annotated[bool, boolean] = False
+    registration: Annotated[Literal["off", "invite"], choice("off", "invite")] = "off"
+    session_idle_s: Annotated[float, rules.seconds] = 604_800.0
+    session_max_s: Annotated[float, rules.seconds] = 2_592_000.0
+    min_password_chars: Annotated[int, integer(8, 128)] = 10
+    proxy_header: Annotated[str, rules.header_name] = ""
+
+
+@attrs.frozen(kw_only=True, field_transformer=rules.with_rules)
 class OpenAi:
     """What the names that OpenAI's clients have built in stand for.
 
@@ -340,6 +361,7 @@ class Config:
     limits: Limits = attrs.field(factory=Limits)
     results: Results = attrs.field(factory=Results)
     http: Http = attrs.field(factory=Http)
+    users: Users = attrs.field(factory=Users)
     openai: OpenAi = attrs.field(factory=OpenAi)
     talk: Talk | None = None
     webrtc: WebRtc = attrs.field(factory=WebRtc)
@@ -372,6 +394,7 @@ SECTIONS: Mapping[str, type[attrs.AttrsInstance]] = {
     "limits.principal": PrincipalLimits,
     "results": Results,
     "http": Http,
+    "users": Users,
     "openai": OpenAi,
     "talk": Talk,
     "webrtc": WebRtc,

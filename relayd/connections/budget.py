@@ -12,8 +12,9 @@ import attrs
 import structlog
 import trio
 
+from protocol.wire.messages import Rejected
 from relayd.auth.login_throttle import LoginThrottle, address_of, network_of
-from relayd.auth.tokens import PeerCredentials
+from relayd.auth.tokens import PeerCredentials, Principal
 from relayd.config.schema import Config
 from relayd.net.proxies import is_trusted
 
@@ -55,9 +56,13 @@ class ConnectionSlot:
     #: The peer's address; of an IPv6 address, the network that one customer has (RFC 6177). `peer` may later be the
     #: client that a proxy reports.
     network: str = attrs.field(init=False)
+    #: The other end of the connection, also where `peer` has become the client that it reports.
+    source: str = attrs.field(init=False)
+    #: Whom the head of its WebSocket handshake logs in, or why not: the user of a page.
+    user: Principal | Rejected | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.network = network_of(self.peer)
+        self.network, self.source = network_of(self.peer), self.peer
 
     def log_in(self, role: str) -> bool:
         """Note that the peer has logged in; False where the relay has all the connections of that role it may have."""

@@ -51,6 +51,7 @@ from relayd.connections.connection import (
 from relayd.connections.operator import OperatorHandler
 from relayd.connections.pending import HelloMissing, PendingConnection
 from relayd.connections.worker import WorkerHandler
+from relayd.core.accounts import Accounts, Visit, as_role
 from relayd.core.admission import Admission
 from relayd.core.principals import RETRY_S, LinkMeter, full_message, is_limited
 from relayd.core.relay import Relay
@@ -82,6 +83,7 @@ class Gateway:
     relay: Relay
     admission: Admission
     tokens: TokenRegistry
+    accounts: Accounts
     reactor: Reactor
     #: Runs the tasks of connections that need one.
     nursery: trio.Nursery
@@ -114,6 +116,9 @@ class Gateway:
             if refusal := self.refusal(head, connection_slot):
                 raise refusal
             check_upgrade(head, SUBPROTOCOL)
+            if connection_slot.credentials is None:
+                visit = Visit(head.get, connection_slot.source, isinstance(stream, trio.SSLStream))
+                connection_slot.user = self.accounts.visitor(visit)
             answer = build_response(head, SUBPROTOCOL)
             if isinstance(stream, trio.SocketStream):
                 self._take_over(stream, answer, early, connection_slot)
@@ -270,7 +275,9 @@ class Gateway:
         return None
 
     def _principal(self, hello: Hello, connection_slot: ConnectionSlot) -> Principal | Rejected:
-        principal = self.tokens.log_in(hello, connection_slot.credentials, time.time())
+        principal = self._of_page(hello, connection_slot)
+        if principal is None:
+            principal = self.tokens.log_in(hello, connection_slot.credentials, time.time())
         if isinstance(principal, Rejected):
             return self._throttled(principal, hello, connection_slot)
         if message := full_message(principal, self.relay.config.limits.principal, self.relay.connections.values()):
@@ -278,6 +285,15 @@ class Gateway:
         if not connection_slot.log_in(principal.role):  # others have logged in since its handshake
             return Rejected.because(ErrorCode.RATE_LIMITED, FULL, retry_after_s=RETRY_S)
         return principal
+
+    def _of_page(self, hello: Hello, connection_slot: ConnectionSlot) -> Principal | Rejected | None:
+        """The user whom the handshake has logged in, if the hello has no token."""
+        user = connection_slot.user
+        if hello.token or not isinstance(user, Principal):
+            return None if hello.token else user
+        if user.token_id is None or not self.accounts.is_live(user.token_id):
+            return None  # it has ended since the handshake
+        return as_role(user, hello.role, readonly=hello.readonly)
 
     def _throttled(self, refusal: Rejected, hello: Hello, connection_slot: ConnectionSlot) -> Rejected:
         """Return the answer to a refused login: `refusal`, or that there were too many from its address."""
@@ -365,6 +381,7 @@ class Gateway:
             self.admission,
             knows_video=connection.knows_video,
             tokens=self.tokens,
+            accounts=self.accounts,
             nursery=nursery,
             drain=self.drain,
         )

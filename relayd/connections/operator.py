@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import structlog
@@ -14,9 +14,11 @@ from protocol.wire.messages import FROM_OPERATOR, ROLES, Done, Rejected, Steer, 
 from protocol.wire.validators import Value
 from relayd.auth.tokens import TokenRegistry, parse_expires, parse_limits, reject_readonly
 from relayd.connections.client import ClientHandler
+from relayd.core.accounts import Accounts
 from relayd.core.space import Space
-from relayd.core.space_rules import check_new_space, refuse_configured
+from relayd.core.space_rules import check_changed_space, check_new_space, refuse_configured
 from relayd.requests.request import Request
+from relayd.scheduling.scheduler import no_such_space
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteSpace, PutSpace, PutToken
 from relayd.views.request_detail import request_detail
@@ -30,10 +32,13 @@ log = structlog.get_logger("relayd.operator")
 ACTION_TIMEOUT_S = 10.0
 Answer = dict[str, Value] | Rejected
 #: Actions that change nothing: allowed to read-only operators, and not audited.
-READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens"})
+READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens", "list_users"})
 #: Actions that hold at once, and are answered when the store has them: `done` must outlive a relay that is killed.
 STORED_ACTIONS = frozenset(
-    {"cancel", "promote", "pause_space", "resume_space", "revoke_token", "drain_worker", "undrain_worker", "end_talk"}
+    {
+        *("cancel", "promote", "pause_space", "resume_space", "change_space", "revoke_token", "drain_worker"),
+        *("undrain_worker", "end_talk"),
+    }
 )
 NOT_STORED = (
     "the action holds, but is not stored: a relay that is started again before its disk takes it has forgotten it"
@@ -47,6 +52,7 @@ class OperatorHandler(ClientHandler):
 
     Args:
         tokens: the relay's tokens.
+        accounts: its users.
         nursery: the nursery of the connection, for its tasks.
         drain: begins the daemon's drain, with the reason for the log.
     """
@@ -54,6 +60,7 @@ class OperatorHandler(ClientHandler):
     accepted_types: ClassVar[Table] = FROM_OPERATOR
 
     tokens: TokenRegistry = attrs.field(kw_only=True)
+    accounts: Accounts = attrs.field(kw_only=True)
     nursery: trio.Nursery = attrs.field(kw_only=True)
     drain: Callable[[str], None] = attrs.field(kw_only=True)
     _watching: WatchFeed | None = attrs.field(default=None, init=False)
@@ -210,6 +217,18 @@ class OperatorHandler(ClientHandler):
             raise
         return {}
 
+    async def _change_space(self, steer: Steer) -> Answer:
+        space = self.relay.spaces.get(steer.target)
+        if space is None:
+            return no_such_space(steer.target, operator=True, known=self.relay.spaces)
+        if not steer.options:
+            return {"settings": space.config.to_map(), "made_by": space.made_by}
+        config = check_changed_space(self.relay.spaces.record(space), steer.options)
+        if isinstance(config, Rejected):
+            return config
+        self.relay.spaces.change(space, config)
+        return {"settings": config.to_map(), "made_by": space.made_by}
+
     async def _delete_space(self, steer: Steer) -> Answer:
         space = self.relay.spaces.get(steer.target)
         if space is not None and space.made_by == "config":
@@ -256,11 +275,8 @@ class OperatorHandler(ClientHandler):
         return {"token": token.text, "token_id": token.record.token_id}
 
     async def _list_tokens(self, steer: Steer) -> Answer:
-        after = str(steer.options.get("after", ""))
-        records = [token_row(record, time.time()) for record in self.tokens.list()]
-        keys = [row["token_id"] for row in records]
-        begin = keys.index(after) + 1 if after in keys else 0
-        page, more = next(iter(pages(records[begin:])))
+        rows = [token_row(record, time.time()) for record in self.tokens.list()]
+        page, more = _page_behind(rows, "token_id", steer)
         return {"tokens": page, "more": more}
 
     async def _revoke_token(self, steer: Steer) -> Answer:
@@ -273,6 +289,30 @@ class OperatorHandler(ClientHandler):
                 connection.disconnect("its token was revoked")
         self.relay.store.post(*map(PutToken, revoked))
         return {"revoked": sorted(ids)}
+
+    async def _create_user(self, steer: Steer) -> Answer:
+        role, password = steer.options.get("role", "client"), steer.options.get("password", "")
+        if not isinstance(role, str) or not isinstance(password, str):
+            return _invalid("create_user: role and password must be strings")
+        return await self.accounts.create_user(steer.target, role, password)
+
+    async def _list_users(self, steer: Steer) -> Answer:
+        page, more = _page_behind(self.accounts.users.rows(time.time()), "id", steer)
+        return {"users": page, "more": more}
+
+    async def _set_user_password(self, steer: Steer) -> Answer:
+        return await self.accounts.set_password(steer.target, str(steer.options.get("password", "")))
+
+    async def _set_user_role(self, steer: Steer) -> Answer:
+        return await self.accounts.set_role(steer.target, str(steer.options.get("role", "")))
+
+    async def _remove_user(self, steer: Steer) -> Answer:
+        return await self.accounts.remove(steer.target)
+
+    async def _create_invite(self, steer: Steer) -> Answer:
+        expires = steer.options.get("expires")
+        role = str(steer.options.get("role", "client"))
+        return await self.accounts.invite(role, None if expires is None else str(expires))
 
     async def _end_talk(self, steer: Steer) -> Answer:
         talks, reason = self.relay.talks, f"ended by operator {self.principal.name}"
@@ -308,15 +348,28 @@ ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {
     "pause_space": OperatorHandler._pause_space,
     "resume_space": OperatorHandler._resume_space,
     "create_space": OperatorHandler._create_space,
+    "change_space": OperatorHandler._change_space,
     "delete_space": OperatorHandler._delete_space,
     "create_token": OperatorHandler._create_token,
     "list_tokens": OperatorHandler._list_tokens,
     "revoke_token": OperatorHandler._revoke_token,
+    "create_user": OperatorHandler._create_user,
+    "list_users": OperatorHandler._list_users,
+    "set_user_password": OperatorHandler._set_user_password,
+    "set_user_role": OperatorHandler._set_user_role,
+    "remove_user": OperatorHandler._remove_user,
+    "create_invite": OperatorHandler._create_invite,
     "end_talk": OperatorHandler._end_talk,
     "disconnect": OperatorHandler._disconnect,
     "describe": OperatorHandler._describe,
     "drain": OperatorHandler._drain,
 }
+
+
+def _page_behind(rows: list[dict[str, Any]], key: str, steer: Steer) -> tuple[list[dict[str, Any]], bool]:
+    """The rows behind the one that the option `after` names, as many as a message takes; and whether there are more."""
+    keys, after = [row[key] for row in rows], steer.options.get("after")
+    return next(iter(pages(rows[keys.index(after) + 1 if after in keys else 0 :])))
 
 
 def _invalid(message: str) -> Rejected:

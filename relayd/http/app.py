@@ -18,7 +18,7 @@ from protocol.link.websocket_frames import INTERNAL_ERROR, POLICY_VIOLATION
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PATH
 from relayd.auth.origins import RefusedOrigins, is_listed, may_come_from, refusal_message
-from relayd.http import health_routes, spaces_site, static_page
+from relayd.http import health_routes, sessions, spaces_site, static_page
 from relayd.http.context import HttpContext, context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai import errors as openai_errors
@@ -51,7 +51,7 @@ Routes = Sequence[BaseRoute]
 
 def make_app(context: HttpContext, more: Routes = ()) -> Starlette:
     """Build the application for `context`; `more` are routes of what is above this layer."""
-    parts = (requests_routes, openai_routes, spaces_site, health_routes, static_page)
+    parts = (requests_routes, openai_routes, sessions, spaces_site, health_routes, static_page)
     routes = [route for part in parts for route in part.routes()]
     hint = f"; WebSocket clients connect to {PATH}, and /openapi.json lists the rest"
     return make_door_app(context, [*more, *routes], hint)

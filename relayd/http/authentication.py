@@ -10,6 +10,7 @@ from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Rejected
 from relayd.auth import login_throttle
 from relayd.auth.tokens import Principal
+from relayd.core.accounts import Visit, as_role
 from relayd.core.principals import RETRY_S, too_fast
 from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
 from relayd.http.errors import HttpError
@@ -45,7 +46,26 @@ def principal_of(request: HTTPConnection, role: str = "client") -> Principal:
     if SECRET_NAMES & {name.lower() for name in request.query_params}:
         message = "put the token into the Authorization header (Bearer TOKEN): URLs end up in logs and histories"
         raise HttpError(ErrorCode.UNAUTHENTICATED, message)
-    return principal_by_token(request, _token(request), role)
+    token = _token(request)
+    user = context_of(request).accounts.visitor(visit_of(request)) if token is None and not exchange.local else None
+    if user is None:
+        return principal_by_token(request, token, role)
+    principal = as_role(user, role) if isinstance(user, Principal) else user
+    if isinstance(principal, Rejected):
+        raise HttpError.of(principal)
+    _admit(context_of(request), exchange, principal)
+    return principal
+
+
+def visit_of(request: HTTPConnection) -> Visit:
+    """What may log in a user of the page: the head of a request."""
+    exchange = exchange_of(request)
+    return Visit(
+        lambda name: ", ".join(request.headers.getlist(name)),
+        exchange.slot.source,
+        exchange.secure,
+        reads=request.scope["type"] == "http" and request.scope["method"] in ("GET", "HEAD"),
+    )
 
 
 def principal_by_token(request: HTTPConnection, token: str | None, role: str = "client") -> Principal:
@@ -83,7 +103,7 @@ def principal_by_link(request: Request, request_id: str) -> Principal:
         raise HttpError(ErrorCode.UNAUTHENTICATED, message)
     if not now < grant.expires_at <= now + context.relay.config.http.link_s:
         raise HttpError(ErrorCode.UNAUTHENTICATED, f"this link has expired; {_NEW_LINK}")
-    principal = context.tokens.client_of(grant.token_id, now)
+    principal = context.tokens.client_of(grant.token_id, now) or context.accounts.client_of(grant.token_id)
     if not grant.token_id:  # made on the unix socket: whoever has the link has not come from there
         principal = Principal(name=linked.principal, role="client")
     if principal is None:

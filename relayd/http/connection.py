@@ -57,15 +57,6 @@ def _date_at(second: int) -> bytes:
     return formatdate(second, usegmt=True).encode()
 
 
-def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The token of a request's `Authorization`, "" where there is none."""
-    for name, value in headers:
-        if name == b"authorization":
-            scheme, _, token = value.partition(b" ")
-            return token.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
-    return ""
-
-
 def _refusal_status(request: h11.Request) -> int | None:
     """Return the status with which to refuse a request that h11 accepted; None to accept it."""
     names = {name for name, _value in request.headers}
@@ -231,7 +222,7 @@ class Connection:
         try:
             with exchange.scope:
                 if self._answered:  # the first request had its turn before the connection came here
-                    await self.context.wait_turn(self.slot, bearer_token(scope["headers"]))
+                    await self.context.wait_turn(self.slot, http_head.token_of(scope["headers"]))
                 self._answered += 1
                 await self.app(scope, cycle.receive, cycle.send)
         except ResponseAborted:

@@ -13,6 +13,7 @@ from relayd.auth.login_throttle import LoginThrottle
 from relayd.auth.result_links import LinkSigner, new_signer
 from relayd.auth.tokens import PeerCredentials, Principal, TokenRegistry
 from relayd.core import principals
+from relayd.core.accounts import Accounts
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.http.audio.encoded_results import EncodedResults
@@ -40,6 +41,8 @@ class Slot(Protocol):
     """A connection's place among all that the relay keeps."""
 
     peer: str
+    #: The other end of the connection: a proxy's, where there is one.
+    source: str
     credentials: PeerCredentials | None
 
     def log_in(self, role: str) -> bool:
@@ -72,6 +75,11 @@ class Exchange:
     #: Cancels the handler.
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
+    @property
+    def local(self) -> bool:
+        """Whether it came over the unix socket."""
+        return self.slot.credentials is not None
+
     def abort(self) -> None:
         """Cancel the handler, because its client has disconnected or its token is no longer valid."""
         if not self.answered:
@@ -89,6 +97,8 @@ class HttpContext:
     #: Makes and checks links to results.
     links: LinkSigner = attrs.field(factory=new_signer)
     failures: LoginThrottle = attrs.field(factory=LoginThrottle)
+    #: The users, and how they log in.
+    accounts: Accounts = attrs.field(init=False)
     #: Requests being answered.
     exchanges: set[Exchange] = attrs.field(factory=set)
     #: What WebSockets wait for, each for any number of requests of the relay.
@@ -111,6 +121,9 @@ class HttpContext:
     #: The relay is shutting down; waiting responses end with an error.
     leaving: bool = False
 
+    def __attrs_post_init__(self) -> None:
+        self.accounts = Accounts(self.relay, self.tokens, self.failures)
+
     @property
     def unfinished(self) -> int:
         """Number of responses that need no more of their client or of frames to finish; a drain waits for them."""
@@ -122,7 +135,7 @@ class HttpContext:
         """Wait until a request may be answered: those without a token of the relay's have a share together."""
         if slot.credentials is not None:
             return
-        owner = self.tokens.owner_of(token, time.time()) if token else None
+        owner = (self.tokens.owner_of(token, time.time()) or self.accounts.users.owner_of(token)) if token else None
         if owner is None:
             await self.relay.principals.wait_stranger_turn(STRANGER_COST_S)
         else:
@@ -133,6 +146,10 @@ class HttpContext:
         answering = (exchange for exchange in self.exchanges if not exchange.answered)
         settings = self.relay.config.limits.principal
         return principals.full_message(principal, settings, chain(self.relay.connections.values(), answering))
+
+    def is_live(self, login_id: str, now: float) -> bool:
+        """Whether a token, a session or a user, by its id, may still be used."""
+        return self.tokens.is_live(login_id, now) or self.accounts.is_live(login_id)
 
     def begin_shutdown(self) -> None:
         """End the responses that still wait for a request or for a body, because the relay is about to exit."""
@@ -152,7 +169,7 @@ class HttpContext:
             now = time.time()
             for exchange in list(self.exchanges):
                 token_id = exchange.principal.token_id if exchange.principal is not None else None
-                if token_id is not None and not self.tokens.is_live(token_id, now):
+                if token_id is not None and not self.is_live(token_id, now):
                     exchange.abort()
 
 

@@ -139,5 +139,5 @@ def _link(http: HttpRequest, request: Request, what: str) -> str:
     context, url = context_of(http), f"/v1/requests/{request.request_id}/{what}"
     if (most := context.relay.config.http.link_s) == 0:
         return url
-    grant = LinkGrant(int(time.time()) + min(most, LINK_S), principal_of(http).token_id or "")
+    grant = LinkGrant(int(time.time()) + min(most, LINK_S), principal_of(http).link_id)
     return f"{url}?{LINK}={context.links.make(result_name(request), grant)}"

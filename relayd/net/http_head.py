@@ -1,6 +1,7 @@
 """Reads the head of a connection's first request, which decides whether it is a WebSocket (docs/design.md §10)."""
 
 import re
+from collections.abc import Iterable
 
 import trio
 
@@ -12,6 +13,8 @@ READ_BYTES = 16 * 1024
 _END = re.compile(rb"\n\r?\n")
 _FORWARDED_FOR = re.compile(rb"\nx-forwarded-for[ \t]*:([^\r\n]*)", re.IGNORECASE)
 _BEARER = re.compile(rb"\nauthorization[ \t]*:[ \t]*bearer[ \t]+([^\r\n]*)", re.IGNORECASE)
+#: The session of a user, as `relayd.auth.users` makes it.
+_SESSION = re.compile(rb"\ncookie[ \t]*:[^\r\n]*?relayd=(rly_s_[A-Za-z0-9_-]+)", re.IGNORECASE)
 #: Forward proxies and some clients send a whole URI as the target, which a server must accept (RFC 9112 section 3.2.2).
 _ABSOLUTE = re.compile(r"(?:https?|wss?)://(?:[^/?#@]*@)?([^/?#@]+)([^#]*)", re.IGNORECASE)
 _WEBSOCKET = re.compile(rb"\nupgrade[ \t]*:[ \t]*websocket[ \t]*\r?\n", re.IGNORECASE)
@@ -100,10 +103,16 @@ def wants_websocket(head: bytes) -> bool:
 
 
 def bearer_token(head: bytes) -> str:
-    """The token of a head's `Authorization`, "" where there is none."""
+    """The token of a head's `Authorization`, else what the cookie of a session holds; "" where there is neither."""
     end = _END.search(head)
-    found = _BEARER.search(head, 0, end.end() if end is not None else 0)
+    stop = end.end() if end is not None else 0
+    found = _BEARER.search(head, 0, stop) or _SESSION.search(head, 0, stop)
     return found[1].strip().decode("latin-1") if found else ""
+
+
+def token_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """As `bearer_token`, of a head that has been parsed."""
+    return bearer_token(b"\n%b\n\n" % b"\n".join(name + b":" + value for name, value in headers))
 
 
 def split_target(target: str) -> tuple[str, str]:

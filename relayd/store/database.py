@@ -29,23 +29,30 @@ from relayd.store.records import (
     Change,
     ClearInput,
     DeleteDrain,
+    DeleteInvite,
     DeleteRequest,
+    DeleteSession,
     DeleteSpace,
     DeleteTalk,
     DeleteToken,
     DeleteTurns,
     DeleteWorker,
+    InviteRecord,
     Loaded,
     PutDrain,
     PutHeard,
+    PutInvite,
     PutRequest,
+    PutSession,
     PutSpace,
     PutTalk,
     PutToken,
     PutTurn,
     PutUptime,
+    PutUser,
     PutWorker,
     RequestRecord,
+    SessionRecord,
     SpaceRecord,
     StoredInput,
     TalkRecord,
@@ -53,6 +60,7 @@ from relayd.store.records import (
     TokenRecord,
     TurnRecord,
     UpdateRequest,
+    UserRecord,
 )
 from relayd.store.state_dir import file_error, open_private
 
@@ -124,12 +132,23 @@ _MIGRATIONS = (
     CREATE INDEX unended_turns ON turns (talk_id, number) WHERE options IS NOT NULL;
     """,
     "CREATE TABLE workers (worker_id TEXT NOT NULL, space TEXT NOT NULL, PRIMARY KEY (worker_id, space));",
+    """
+    CREATE TABLE users (user_id TEXT PRIMARY KEY, name TEXT NOT NULL COLLATE NOCASE UNIQUE, role TEXT NOT NULL,
+        password TEXT NOT NULL, created_at REAL NOT NULL, seen_at REAL, removed_at REAL);
+    CREATE TABLE sessions (session_id TEXT PRIMARY KEY, user_id TEXT NOT NULL, sha256 BLOB NOT NULL UNIQUE,
+        created_at REAL NOT NULL, used_at REAL NOT NULL);
+    CREATE TABLE invites (invite_id TEXT PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE, role TEXT NOT NULL,
+        created_at REAL NOT NULL, expires_at REAL NOT NULL);
+    """,
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
 COLUMNS = {
     "spaces": "name, config, paused, made_by, engine, params, inputs, format, created_at",
     "tokens": "token_id, principal, role, spaces, sha256, limits, readonly, created_at, expires_at, revoked_at",
+    "users": "user_id, name, role, password, created_at, seen_at, removed_at",
+    "sessions": "session_id, user_id, sha256, created_at, used_at",
+    "invites": "invite_id, sha256, role, created_at, expires_at",
     "requests": (
         "request_id, principal, ticket, submit, state, attempt, highest_attempt, losses, has_output, reproducible, "
         "stopping, worker_id, promoted, since, away_since, created_at, ended_at, code, message, outcome"
@@ -144,6 +163,8 @@ COLUMNS = {
     ),
     "input_pieces": "request_id, name, offset, length(data), typeof(data), last",
 }
+#: The tables whose columns are the fields of a record.
+_TABLES = {TalkRecord: "talks", UserRecord: "users", SessionRecord: "sessions", InviteRecord: "invites"}
 
 
 class BadChange(StoreError):
@@ -247,11 +268,14 @@ class Database:
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             spaces, tokens = records("spaces", "name", _space), records("tokens", "created_at, token_id", _token)
             requests = records("requests", "ticket, request_id", _request)
-            unended = records("turns", "talk_id, number", _turn, "WHERE options IS NOT NULL")
+            unended = records("turns", "talk_id, number", _row_of(TurnRecord), "WHERE options IS NOT NULL")
             live_inputs = self._load_live_inputs({each.request_id for each in requests}, damaged)
             return Loaded(
                 spaces=spaces,
                 tokens=tokens,
+                users=records("users", "created_at, user_id", _row_of(UserRecord)),
+                sessions=records("sessions", "created_at, session_id", _row_of(SessionRecord)),
+                invites=records("invites", "created_at, invite_id", _row_of(InviteRecord)),
                 requests=tuple(each for each in requests if ("requests", each.request_id) not in damaged),
                 live_inputs=live_inputs,
                 drains=tuple(name for name in drains if isinstance(name, str)),
@@ -259,7 +283,7 @@ class Database:
                     (one, space) for one, space in workers if isinstance(one, str) and isinstance(space, str)
                 ),
                 uptime_s=max((time for time in times if isinstance(time, float) and time < MAX_UPTIME_S), default=0.0),
-                talks=records("talks", "created_at, talk_id", _talk),
+                talks=records("talks", "created_at, talk_id", _row_of(TalkRecord)),
                 unended_turns=unended,
                 damaged=tuple(damaged.values()),
                 damaged_keys=frozenset(damaged),
@@ -307,7 +331,7 @@ class Database:
         damaged: dict[tuple[str, object], str] = {}
         query = f"SELECT {COLUMNS['turns']} FROM turns WHERE talk_id = ? ORDER BY number"
         try:
-            turns = tuple(_parsed(self._reader.execute(query, (talk_id,)), "turns", _turn, damaged))
+            turns = tuple(_parsed(self._reader.execute(query, (talk_id,)), "turns", _row_of(TurnRecord), damaged))
         except sqlite3.Error as fault:
             raise _to_store_error(fault, self._path) from fault
         for what in damaged.values():
@@ -420,6 +444,10 @@ def _statements(change: Change) -> list[Statement]:
             return [_put_token(token)]
         case DeleteToken(token_id):
             return [("DELETE FROM tokens WHERE token_id = ?", (token_id,))]
+        case DeleteSession(session_id):
+            return [("DELETE FROM sessions WHERE session_id = ?", (session_id,))]
+        case DeleteInvite(invite_id):
+            return [("DELETE FROM invites WHERE invite_id = ?", (invite_id,))]
         case PutRequest(request, inputs):
             return [
                 _replace("requests", {**_columns(request), "submit": msgpack.packb(request.submit.to_map())}),
@@ -448,8 +476,8 @@ def _statements(change: Change) -> list[Statement]:
             return [("INSERT OR IGNORE INTO workers (worker_id, space) VALUES (?, ?)", (worker_id, space))]
         case DeleteWorker(worker_id):
             return [("DELETE FROM workers WHERE worker_id = ?", (worker_id,))]
-        case PutTalk(talk):
-            return [_replace("talks", _columns(talk))]
+        case PutTalk(record) | PutUser(record) | PutSession(record) | PutInvite(record):
+            return [_replace(_TABLES[type(record)], _columns(record))]
         case DeleteTalk(talk_id):
             return [(f"DELETE FROM {table} WHERE talk_id = ?", (talk_id,)) for table in ("talks", "turns")]
         case PutTurn(turn):
@@ -560,12 +588,9 @@ def _token(row: sqlite3.Row) -> TokenRecord:
     )
 
 
-def _talk(row: sqlite3.Row) -> TalkRecord:
-    return TalkRecord(**dict(zip(row.keys(), row, strict=True)))
-
-
-def _turn(row: sqlite3.Row) -> TurnRecord:
-    return TurnRecord(**dict(zip(row.keys(), row, strict=True)))
+def _row_of(record: Callable[..., RecordT]) -> Callable[[sqlite3.Row], RecordT]:
+    """Parse a row whose columns are the fields of a record."""
+    return lambda row: record(**dict(zip(row.keys(), row, strict=True)))
 
 
 def _request(row: sqlite3.Row) -> RequestRecord:

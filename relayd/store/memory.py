@@ -10,29 +10,37 @@ from relayd.store.records import (
     Change,
     ClearInput,
     DeleteDrain,
+    DeleteInvite,
     DeleteRequest,
+    DeleteSession,
     DeleteSpace,
     DeleteTalk,
     DeleteToken,
     DeleteTurns,
     DeleteWorker,
+    InviteRecord,
     Loaded,
     PutDrain,
     PutHeard,
+    PutInvite,
     PutRequest,
+    PutSession,
     PutSpace,
     PutTalk,
     PutToken,
     PutTurn,
     PutUptime,
+    PutUser,
     PutWorker,
     RequestRecord,
+    SessionRecord,
     SpaceRecord,
     StoredInput,
     TalkRecord,
     TokenRecord,
     TurnRecord,
     UpdateRequest,
+    UserRecord,
 )
 
 
@@ -43,6 +51,9 @@ class MemoryStore(Store):
         super().__init__()
         self._spaces: dict[str, SpaceRecord] = {}
         self._tokens: dict[str, TokenRecord] = {}
+        self._users: dict[str, UserRecord] = {}
+        self._sessions: dict[str, SessionRecord] = {}
+        self._invites: dict[str, InviteRecord] = {}
         self._requests: dict[str, RequestRecord] = {}
         self._inputs: dict[str, dict[str, bytes]] = {}
         self._live_inputs: dict[str, dict[str, bytearray]] = {}
@@ -59,6 +70,9 @@ class MemoryStore(Store):
         return Loaded(
             spaces=tuple(sorted(self._spaces.values(), key=lambda record: record.name)),
             tokens=tuple(sorted(self._tokens.values(), key=lambda record: (record.created_at, record.token_id))),
+            users=tuple(sorted(self._users.values(), key=lambda record: (record.created_at, record.user_id))),
+            sessions=tuple(sorted(self._sessions.values(), key=lambda record: (record.created_at, record.session_id))),
+            invites=tuple(sorted(self._invites.values(), key=lambda record: (record.created_at, record.invite_id))),
             requests=tuple(sorted(self._requests.values(), key=lambda record: record.ticket)),
             live_inputs={
                 request_id: {
@@ -96,6 +110,19 @@ class MemoryStore(Store):
                 self._tokens[token.token_id] = token
             case DeleteToken(token_id):
                 self._tokens.pop(token_id, None)
+            case PutUser(user):
+                same = [each.user_id for each in self._users.values() if each.name.lower() == user.name.lower()]
+                for user_id in same:
+                    del self._users[user_id]
+                self._users[user.user_id] = user
+            case PutSession(session):
+                self._sessions[session.session_id] = session
+            case DeleteSession(session_id):
+                self._sessions.pop(session_id, None)
+            case PutInvite(invite):
+                self._invites[invite.invite_id] = invite
+            case DeleteInvite(invite_id):
+                self._invites.pop(invite_id, None)
             case PutRequest(request, inputs):
                 self._drop_inputs(request.request_id)
                 self._requests[request.request_id] = request

@@ -25,15 +25,29 @@ from relayd.store.records import (
     MAX_UPTIME_S,
     TURN_ENDED,
     TURN_LIVE,
+    USER_ROLES,
+    InviteRecord,
     RequestRecord,
+    SessionRecord,
     SpaceRecord,
     TalkRecord,
     TokenLimits,
     TokenRecord,
     TurnRecord,
+    UserRecord,
 )
 
-RecordT = TypeVar("RecordT", bound=RequestRecord | SpaceRecord | TalkRecord | TokenRecord | TurnRecord)
+RecordT = TypeVar(
+    "RecordT",
+    bound=InviteRecord
+    | RequestRecord
+    | SessionRecord
+    | SpaceRecord
+    | TalkRecord
+    | TokenRecord
+    | TurnRecord
+    | UserRecord,
+)
 
 #: Names, codes and ids; and messages.
 _word, _words = text(256), text(MAX_TEXT_CHARS)
@@ -58,6 +72,29 @@ RULES: Mapping[type[Any], Mapping[str, Rule]] = {
         "created_at": _unix_s,
         "expires_at": optional(_unix_s),
         "revoked_at": optional(_unix_s),
+    },
+    UserRecord: {
+        "user_id": _word,
+        "name": text(64),
+        "role": choice(*USER_ROLES),
+        "password": _word,
+        "created_at": _unix_s,
+        "seen_at": optional(_unix_s),
+        "removed_at": optional(_unix_s),
+    },
+    SessionRecord: {
+        "session_id": _word,
+        "user_id": _word,
+        "sha256": binary(32),
+        "created_at": _unix_s,
+        "used_at": _unix_s,
+    },
+    InviteRecord: {
+        "invite_id": _word,
+        "sha256": binary(32),
+        "role": choice(*USER_ROLES),
+        "created_at": _unix_s,
+        "expires_at": _unix_s,
     },
     RequestRecord: {
         "request_id": request_id_rule,

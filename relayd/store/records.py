@@ -12,6 +12,8 @@ from relayd.config.schema import SpaceConfig
 
 #: In the place of the worker of a request whose frames were copied from an equal one's: no worker has such an id.
 COPIED = "(copied)"
+#: What a user can be.
+USER_ROLES = ("client", "operator")
 #: The states of a turn of a conversation.
 TURN_LIVE = ("waiting", "thinking", "speaking")
 TURN_ENDED = ("done", "interrupted", "failed")
@@ -86,6 +88,62 @@ class TokenRecord:
     def live(self, now: float) -> bool:
         """Whether it is neither revoked nor expired at `now`, in Unix seconds."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+@attrs.frozen(kw_only=True)
+class UserRecord:
+    """A user, who logs in with a name and a password, or at a proxy.
+
+    Args:
+        user_id: its id, never used again.
+        name: the principal; unique, whatever the case of its letters.
+        role: `client` or `operator`.
+        password: the hash of argon2; "" for a user who can log in only at a proxy.
+        seen_at: when a session of it was last used; None for never.
+        removed_at: when it was removed: nobody can register under its name any more.
+    """
+
+    user_id: str
+    name: str
+    role: str = "client"
+    password: str = attrs.field(default="", repr=False)
+    created_at: float
+    seen_at: float | None = None
+    removed_at: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class SessionRecord:
+    """A login of a user in a browser.
+
+    Args:
+        session_id: its id in the relay; not secret.
+        sha256: SHA-256 of what the cookie holds.
+        used_at: when it was last used, to some minutes.
+    """
+
+    session_id: str
+    user_id: str
+    sha256: bytes = attrs.field(repr=False)
+    created_at: float
+    used_at: float
+
+
+@attrs.frozen(kw_only=True)
+class InviteRecord:
+    """An invitation, with which one person can register.
+
+    Args:
+        invite_id: its id in listings; not secret.
+        sha256: SHA-256 of its code.
+        role: what the new user will be.
+    """
+
+    invite_id: str
+    sha256: bytes = attrs.field(repr=False)
+    role: str = "client"
+    created_at: float
+    expires_at: float
 
 
 @attrs.frozen(kw_only=True)
@@ -207,6 +265,41 @@ class DeleteToken:
     """Delete a token."""
 
     token_id: str
+
+
+@attrs.frozen
+class PutUser:
+    """Create or replace a user."""
+
+    record: UserRecord
+
+
+@attrs.frozen
+class PutSession:
+    """Create or replace a session."""
+
+    record: SessionRecord
+
+
+@attrs.frozen
+class DeleteSession:
+    """Delete a session."""
+
+    session_id: str
+
+
+@attrs.frozen
+class PutInvite:
+    """Create or replace an invitation."""
+
+    record: InviteRecord
+
+
+@attrs.frozen
+class DeleteInvite:
+    """Delete an invitation."""
+
+    invite_id: str
 
 
 @attrs.frozen
@@ -372,6 +465,11 @@ Change = (
     | DeleteSpace
     | PutToken
     | DeleteToken
+    | PutUser
+    | PutSession
+    | DeleteSession
+    | PutInvite
+    | DeleteInvite
     | PutRequest
     | AppendInput
     | ClearInput
@@ -408,6 +506,9 @@ class Loaded:
 
     spaces: tuple[SpaceRecord, ...] = ()
     tokens: tuple[TokenRecord, ...] = ()
+    users: tuple[UserRecord, ...] = ()
+    sessions: tuple[SessionRecord, ...] = ()
+    invites: tuple[InviteRecord, ...] = ()
     requests: tuple[RequestRecord, ...] = ()
     live_inputs: Mapping[str, Mapping[str, StoredInput]] = attrs.field(factory=dict)
     drains: tuple[str, ...] = ()

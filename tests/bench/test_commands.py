@@ -10,7 +10,7 @@ from bench.commands import COMMANDS, environment, python_arguments
 
 #: What a relay, a screen or an engine needs, and no short command does.
 HEAVY = {
-    *("starlette", "h11", "prometheus_client", "python_multipart", "structlog", "anyio"),
+    *("starlette", "h11", "prometheus_client", "python_multipart", "structlog", "anyio", "argon2"),
     *("textual", "rich", "numpy", "torch", "av", "soxr", "espeakng_loader", "asyncio", "httpx2"),
 }
 #: What a command needs that talks to a relay or opens its store.

@@ -1,7 +1,8 @@
-"""The paths of the OpenAPI document that are not of the requests API: OpenAI's, health and metrics."""
+"""The paths of the OpenAPI document that are not of the requests API: OpenAI's, logins, health and metrics."""
 
 from typing import Any
 
+from relayd.auth.users import MAX_PASSWORD_CHARS
 from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED
 from relayd.http.openai.chat_request import HINTS, MAX_MESSAGES, MAX_STOPS, ROLES
 from relayd.http.openai.json_body import MAX_NAME_CHARS
@@ -29,6 +30,24 @@ def _site_errors(*statuses: int) -> Schema:
     properties = {"success": {"const": False}, "message": {"type": "string"}, "error": {"type": "string"}}
     schema: Schema = {"type": "object", "properties": properties, "required": list(properties)}
     return {str(status): _answer("An error, as the site had it.", schema=schema) for status in statuses}
+
+
+def _session(summary: str, name: str, fields: tuple[str, ...], *statuses: int, done: str = "200") -> Schema:
+    """An operation of the page's login; all of them are refused where there are no users."""
+    errors = _answer("An error.", schema={"$ref": "#/components/schemas/Error"})
+    text: Schema = {"type": "string", "maxLength": MAX_PASSWORD_CHARS}
+    schema: Schema = {"type": "object", "properties": dict.fromkeys(fields, text), "required": list(fields)}
+    body: Schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    answer = (
+        _answer("`name`, `role` and `expires_at`; the cookie of the session.") if fields else {"description": "Done."}
+    )
+    return {
+        "operationId": name,
+        "summary": summary,
+        "security": _PUBLIC,
+        **(body if fields else {}),
+        "responses": {done: answer, **{str(status): errors for status in (400, 403, 404, 408, *statuses)}},
+    }
 
 
 _LISTS = {
@@ -217,6 +236,24 @@ OTHER_PATHS: Schema = {
             "summary": "Describe a model",
             "responses": {"200": _answer("The model."), **_openai_errors(401, 403, 404, 429)},
         },
+    },
+    "/v1/session": {
+        "get": {
+            "operationId": "session",
+            "summary": "Say whether the page has users, and who is logged in",
+            "security": _PUBLIC,
+            "responses": {"200": _answer("`users`, `registration`, `min_password_chars`, `name`, `role`, `proxied`.")},
+        },
+        "post": _session("Log in to the page", "log_in", ("name", "password"), 401, 413, 422, 429, 507),
+        "delete": _session("Log out of the page", "log_out", (), 507, done="204"),
+    },
+    "/v1/session/password": {
+        "put": _session("Change the password", "password", ("password", "new_password"), 401, 413, 422, 429, 507)
+    },
+    "/v1/register": {
+        "post": _session(
+            "Register with an invitation", "register", ("name", "password", "invite"), 413, 422, 429, 507, done="201"
+        )
     },
     "/websockets/submit/{space}": {
         "parameters": [{"name": "space", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],

@@ -134,7 +134,7 @@ async def link(http: HttpRequest) -> Response:
         if most == 0:
             message = "this relay makes no links ([http] link_s = 0); read the result with a token"
         raise HttpError(ErrorCode.INVALID_PARAMS, message, details={"expires_s": message})
-    grant = LinkGrant(int(time.time()) + int(text), principal.token_id or "")
+    grant = LinkGrant(int(time.time()) + int(text), principal.link_id)
     signed = f"{LINK}={context_of(http).links.make(result_name(request), grant)}"
     links = {name: f"/v1/requests/{request_id}/{name}?{signed}" for name in ("audio", "video", "output")}
     made = "audio"

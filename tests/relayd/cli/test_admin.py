@@ -1,5 +1,6 @@
 """The admin commands, through `relayd.cli.main`, with the daemon running and not: what they do, say and end with."""
 
+import io
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -91,6 +92,13 @@ async def test_spaces_are_made_paused_resumed_and_deleted(
         spaces = {row["name"]: row for row in await shell.rows("space", "list")}
         assert {"tts", "lab"} <= set(spaces)
         assert (spaces["lab"]["max_workers"], spaces["lab"]["state"]) == (2, "no worker")
+        _, said = await shell.run("space", "change", "lab", "--max-workers", "3", "--description", "Tries")
+        assert "space lab changed" in said
+        spaces = {row["name"]: row for row in await shell.rows("space", "list")}
+        assert (spaces["lab"]["max_workers"], spaces["lab"]["description"]) == (3, "Tries")
+        assert "nothing to change" in await shell.fails("space", "change", "lab")
+        assert "max_workers: " in await shell.fails("space", "change", "lab", "--max-workers", "0")
+        assert "change it there" in await shell.fails("space", "change", "tts", "--max-workers", "2")
         _, said = await shell.run("space", "pause", "lab")
         assert "paused" in said
         assert {row["name"]: row["state"] for row in await shell.rows("space", "list")}["lab"] == "paused"
@@ -179,6 +187,54 @@ async def test_tokens_are_made_listed_and_revoked(
         with pytest.raises(LoginRefused, match="was revoked"):
             async with peer(shell.relay.url, "client", first.strip()):
                 pytest.fail("entered")
+
+
+@pytest.mark.trio
+@both
+async def test_users_are_added_invited_changed_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, online: bool
+) -> None:
+    def type_in(text: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+    async with a_shell(tmp_path, capsys, online=online) as shell:
+        type_in("correct horse\n")
+        assert (await shell.run("user", "add", "anna"))[0] == ""
+        await shell.run("user", "add", "dora@example.org", "--no-password")
+        await shell.run("user", "role", "ANNA", "operator")
+        code, said = await shell.run("user", "invite", "--expires", "2d")
+        assert (code[:6], code.count("\n"), said[:4]) == ("rly_i_", 1, "inv_")
+        rows = await shell.rows("user", "list")
+        assert [(row["name"], row["role"], row["state"], row["sessions"]) for row in rows] == [
+            ("anna", "operator", "active", 0),
+            ("dora@example.org", "client", "proxy", 0),
+            ("", "client", "invited", 0),
+        ]
+        assert code.strip() not in json.dumps(rows)
+        type_in("another horse\n")
+        await shell.run("user", "passwd", "anna")
+        await shell.run("user", "remove", said.partition(":")[0])
+        await shell.run("user", "remove", "dora@example.org")
+        assert [row["name"] for row in await shell.rows("user", "list")] == ["anna"]
+        (made,) = await shell.rows("user", "invite")
+        assert made["code"].startswith("rly_i_")
+
+
+@pytest.mark.trio
+@both
+async def test_what_cannot_be_done_to_a_user_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, online: bool
+) -> None:
+    async with a_shell(tmp_path, capsys, online=online) as shell:
+        await shell.run("user", "add", "anna", "--no-password")
+        assert "the name 'Anna' is taken" in await shell.fails("user", "add", "Anna", "--no-password")
+        assert "'a b' is not a valid name" in await shell.fails("user", "add", "a b", "--no-password")
+        assert "no user is named 'bob'" in await shell.fails("user", "role", "bob", "client")
+        assert "no user is named 'bob'" in await shell.fails("user", "remove", "bob")
+        assert "neither a time span" in await shell.fails("user", "invite", "--expires", "soon")
+        for typed, why in (("", "no password"), ("short\n", "at least 10 characters"), ("anna\n", "at least 10")):
+            monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+            assert why in await shell.fails("user", "passwd", "anna")
 
 
 @pytest.mark.trio

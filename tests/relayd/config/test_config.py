@@ -165,6 +165,16 @@ def test_every_setting_of_every_table_is_read(file: Path) -> None:
         ("[log]\nxyzzy = 1", "log.xyzzy: is not a setting; the settings here are callsite, format, level"),
         ('[tls]\ncert = "relayd.toml"', "tls.key: is required"),
         ('[tls]\ncert = "relayd.toml"\nkey = "missing.pem"', "missing.pem: No such file or directory"),
+        ('[users]\nenabled = true\nproxy_header = "Remote-User"', "users.proxy_header: needs trusted_proxies"),
+        (
+            'behind_proxy = true\ntrusted_proxies = ["127.0.0.1"]\n[users]\nproxy_header = "Remote-User"',
+            "users.proxy_header: has no effect without users.enabled",
+        ),
+        (
+            'behind_proxy = true\ntrusted_proxies = ["127.0.0.1"]\n[users]\nenabled = true\nproxy_header = "X User"',
+            "users.proxy_header: must be the name of a header",
+        ),
+        ("[users]\nmin_password_chars = 4", "users.min_password_chars: "),
         ("talk = 3", "talk: must be a table, not int"),
         ('[talk]\nspeech = "tts"', "talk.reply: is required"),
         ('[talk]\nreply = ""', "talk.reply: "),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -44,6 +45,16 @@ from relayd.store import (
 from relayd.store import sqlite as sqlite_store
 from relayd.store.database import DATABASE_NAME, SCHEMA_VERSION, Database, Statement
 from relayd.store.memory import MemoryStore
+from relayd.store.records import (
+    DeleteInvite,
+    DeleteSession,
+    InviteRecord,
+    PutInvite,
+    PutSession,
+    PutUser,
+    SessionRecord,
+    UserRecord,
+)
 from relayd.store.sqlite import SqliteStore
 from tests.relayd.store.records import (
     config,
@@ -104,6 +115,28 @@ async def test_every_change_is_in_what_is_loaded(tmp_path: Path, kind: str) -> N
         assert (only.state, only.code, only.message, only.ended_at) == ("failed", "internal", "oh", 7.0)
         with pytest.raises(KeyError):
             await store.read_input(request_id(2), "voice")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+async def test_users_sessions_and_invitations_are_kept_and_a_name_is_one_users(tmp_path: Path, kind: str) -> None:
+    def user(number: int, name: str, **fields: Any) -> UserRecord:
+        return UserRecord(user_id=f"usr_{number}", name=name, created_at=float(number), **fields)
+
+    session = SessionRecord(session_id="ses_1", user_id="usr_1", sha256=b"s" * 32, created_at=1.5, used_at=2.5)
+    invite = InviteRecord(invite_id="inv_1", sha256=b"i" * 32, role="operator", created_at=1.5, expires_at=9.5)
+    removed, again = user(1, "anna", password="$argon2id$…", removed_at=3.5), user(3, "Anna", role="operator")
+    async with open_store(config(tmp_path, kind)) as store:
+        await store.commit(PutUser(removed), PutUser(user(2, "bob", seen_at=4.5)), PutSession(session))
+        await store.commit(PutInvite(invite), PutSession(attrs.evolve(session, session_id="ses_2", sha256=b"t" * 32)))
+        loaded = await store.load()
+        assert loaded.users == (removed, user(2, "bob", seen_at=4.5))
+        assert [each.session_id for each in loaded.sessions] == ["ses_1", "ses_2"]
+        assert (loaded.sessions[0], loaded.invites, loaded.damaged) == (session, (invite,), ())
+        await store.commit(PutUser(again), DeleteSession("ses_2"), DeleteInvite("inv_1"))
+        loaded = await store.load()
+        assert loaded.users == (user(2, "bob", seen_at=4.5), again)
+        assert (loaded.sessions, loaded.invites) == ((session,), ())
 
 
 @pytest.mark.trio

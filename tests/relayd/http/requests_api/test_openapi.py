@@ -17,7 +17,7 @@ from starlette.routing import Route
 from gpuworker.hearing.hearing import capabilities, params_schema
 from protocol.wire.codec import decode
 from protocol.wire.messages import FROM_RELAY, Assign
-from relayd.http import health_routes, spaces_site
+from relayd.http import health_routes, sessions, spaces_site
 from relayd.http.errors import STATUS
 from relayd.http.openai import routes as openai_routes
 from relayd.http.requests_api import routes as requests_routes
@@ -34,14 +34,14 @@ GUIDE = (Path(__file__).parents[4] / "docs" / "http.md").read_text()
 LEFT_OUT = {"positive_data_acceptance"}
 EXAMPLES = 40
 HEARS: dict[str, Any] = {"params": params_schema(), "inputs": capabilities(decodes=True).inputs, "format": None}
-#: Paths that take nothing, not even a token.
-NOTHING_TO_REFUSE = {"/health", "/ready"}
+#: Operations that take nothing, not even a token.
+NOTHING_TO_REFUSE = {"GET /health", "GET /ready", "GET /v1/session", "DELETE /v1/session"}
 
 
 def test_every_route_is_described_and_nothing_else() -> None:
     served = {route.path for route in requests_routes.routes() if isinstance(route, Route)}
     assert served - {"/openapi.json", "/v1/relay"} == PATHS.keys()
-    parts = (openai_routes, spaces_site, health_routes)
+    parts = (openai_routes, sessions, spaces_site, health_routes)
     others = {route.path for part in parts for route in part.routes() if isinstance(route, Route)}
     assert {path.replace(":path}", "}") for path in others} == OTHER_PATHS.keys()
     assert DOCUMENT["paths"] == PATHS | OTHER_PATHS
@@ -116,7 +116,7 @@ def try_all(url: str, token: str, known: dict[str, str], mode: GenerationMode) -
     for found in schema.get_all_operations():
         assert isinstance(found, Ok)
         operation = found.ok()
-        if mode is GenerationMode.NEGATIVE and operation.path in NOTHING_TO_REFUSE:
+        if mode is GenerationMode.NEGATIVE and f"{operation.method.upper()} {operation.path}" in NOTHING_TO_REFUSE:
             continue
 
         @seed(7)
