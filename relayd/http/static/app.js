@@ -1,10 +1,12 @@
 // The relay's page, a client of the WebSocket protocol in docs/protocol.md; docs/page.md describes it.
 // This module connects its parts, which are separate modules.
 
+import { admin } from "./admin.js";
 import { $, announce, firstButton, set } from "./elements.js";
 import { build, count, dropForm, enable, formSpace, mark, readInputs, readParams, wordForm } from "./form.js";
 import { newId } from "./input.js";
 import { Link } from "./link.js";
+import { draw as drawLogin, invited, logOut, look, onLogin, session } from "./login.js";
 import { encode } from "./msgpack.js";
 import { Player } from "./player.js";
 import { Request } from "./request.js";
@@ -31,6 +33,7 @@ let principal = kept("sessionStorage", "principal");
 let limits = {}; // from the relay's welcome
 let server = "";
 let linkState = "";
+let resumed = 0; // when a session that had ended was last found to go on
 let spaces = []; // the latest list from the relay
 let page = []; // spaces of an incomplete answer
 
@@ -128,6 +131,8 @@ function welcome(message) {
   $("token").value = "";
   $("enter").disabled = false;
   page = [];
+  const token = kept("sessionStorage", "token");
+  admin.begin(token ? token.startsWith("rly_o_") : session.role === "operator", token ?? "");
   showLink("on");
   show("desk");
   talk.begin();
@@ -146,14 +151,24 @@ function down() {
 function refused({ code, message }) {
   for (const { request } of rows.values()) request.unplugged();
   if (code !== "connection") kept("sessionStorage", "token", null);
+  admin.end();
   $("enter").disabled = false;
   showLink("");
   show("door");
-  const words = code === "unauthenticated" ? say("bad_token") : code === "connection" ? say("unreachable") : fault({ code, message });
-  $("login-fault").hidden = false;
-  set($("login-fault"), words);
-  $("token").setAttribute("aria-invalid", "true");
-  $("token").focus();
+  const over = session.users && session.name !== null;
+  const words = code === "unauthenticated" ? say(over ? "session_over" : "bad_token") : code === "connection" ? say("unreachable") : fault({ code, message });
+  const shown = $(over ? "user-fault" : "login-fault");
+  shown.hidden = false;
+  set(shown, words);
+  if (!over) $("token").setAttribute("aria-invalid", "true");
+  $(session.users ? "user-name" : "token").focus();
+  if (!over) return;
+  look().then((known) => { // another tab may have logged in again
+    if (!known || code !== "unauthenticated" || Date.now() - resumed < 5000) return;
+    resumed = Date.now();
+    shown.hidden = true;
+    resume("");
+  });
 }
 
 function take(message) {
@@ -178,7 +193,7 @@ function showLink(state) {
 
 function show(which) {
   $("door").hidden = which !== "door";
-  $("desk").hidden = which !== "desk";
+  $("desk").hidden = which !== "desk" || !$("admin").hidden;
   $("leave").hidden = which !== "desk";
 }
 
@@ -258,6 +273,8 @@ function speak() {
   for (const element of document.querySelectorAll("[data-name]")) element.setAttribute("aria-label", say(element.dataset.name));
   wordForm();
   talk.draw();
+  drawLogin();
+  admin.word();
   for (const row of rows.values()) row.draw();
 }
 
@@ -274,18 +291,19 @@ $("login").onsubmit = (event) => {
   link.start($("token").value.trim(), false);
 };
 
-$("leave").onclick = () => {
+$("leave").onclick = async () => {
   link.stop();
+  if (!kept("sessionStorage", "token")) await logOut();
   kept("sessionStorage", "token", null);
   kept("sessionStorage", `requests.${principal}`, null);
   kept("sessionStorage", "principal", null);
+  admin.end();
   talk.end();
   clear();
   [principal, spaces] = [null, []];
   dropForm();
   showLink("");
-  show("door");
-  $("token").focus();
+  enter();
 };
 
 $("space").onchange = () => {
@@ -321,14 +339,34 @@ if (login) {
   }
 }
 
+/** An invitation: whoever is logged in stays so only if it is not used. */
+const invite = location.hash.match(/^#invite=(.+)$/)?.[1];
+if (invite) history.replaceState(null, "", location.pathname + location.search);
+
+function enter() {
+  show("door");
+  $(session.users ? "user-name" : "token").focus();
+}
+
+/** Go on with a token, or "" for the cookie of a user. */
+function resume(text) {
+  showLink("wait");
+  show("desk");
+  link.start(text, true);
+}
+
+onLogin(() => [link, admin].forEach((each) => each.stop()), () => resume(""));
 const token = kept("sessionStorage", "token");
 if (principal !== null) recall();
 speak();
 if (token) {
-  showLink("wait");
-  show("desk");
-  link.start(token, true);
+  resume(token);
 } else {
-  show("door");
-  $("token").focus();
+  enter(); // at once; whoever types a token meanwhile is not disturbed
+  const known = await look();
+  if (session.users && !linkState && known && !invite) resume("");
+  else if (session.users && !linkState) {
+    if (invite) invited(invite);
+    enter();
+  }
 }

@@ -11,6 +11,7 @@ export class Link {
   open = false; // connected and logged in
   #ws = null;
   #token = "";
+  #role = "client";
   #notify;
   #ceiling_s = 0.5;
   #timers = [];
@@ -20,10 +21,10 @@ export class Link {
     this.#notify = notify;
   }
 
-  /** `patient`: retry also if the first attempt fails. */
-  start(token, patient) {
+  /** `token`: "" for the cookie of a user; `patient`: retry also if the first attempt fails. */
+  start(token, patient, role = "client") {
     this.stop();
-    this.#token = token;
+    [this.#token, this.#role] = [token, role];
     this.#connect(patient);
   }
 
@@ -66,7 +67,7 @@ export class Link {
     ];
     ws.onopen = () => {
       lastReceived = Date.now();
-      ws.send(encode({ type: "hello", version: 1, role: "client", token: this.#token, agent: "page/1" }));
+      ws.send(encode({ type: "hello", version: 1, role: this.#role, token: this.#token, agent: "page/1" }));
     };
     ws.onmessage = ({ data }) => {
       if (ws !== this.#ws) return;

@@ -37,7 +37,8 @@ export class Microphone {
     this.#resample = resampler(this.#context.sampleRate);
     const url = new URL("v1/realtime", document.baseURI);
     url.protocol = url.protocol.replace("http", "ws");
-    const socket = new WebSocket(url, ["realtime", `openai-insecure-api-key.${kept("sessionStorage", "token")}`]);
+    const token = kept("sessionStorage", "token"); // else the cookie of a user goes along
+    const socket = new WebSocket(url, ["realtime", ...(token ? [`openai-insecure-api-key.${token}`] : [])]);
     this.#socket = socket;
     socket.onopen = () => socket.send(JSON.stringify({ type: "session.update", session: SESSION }));
     socket.onmessage = ({ data }) => socket === this.#socket && this.#take(JSON.parse(data));

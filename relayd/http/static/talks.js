@@ -11,7 +11,9 @@ export class Refusal extends Error {
 }
 
 async function request(path, { method = "GET", type = "application/json", body, accept = "*/*", signal } = {}) {
-  const headers = { accept, authorization: `Bearer ${kept("sessionStorage", "token")}` };
+  const headers = { accept };
+  const token = kept("sessionStorage", "token"); // else the cookie of a user goes along
+  if (token) headers.authorization = `Bearer ${token}`;
   if (body) headers["content-type"] = type;
   if (body && typeof body !== "string") body = JSON.stringify(body);
   let answer;
