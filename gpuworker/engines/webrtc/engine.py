@@ -1,10 +1,11 @@
 """Engine `webrtc`: calls with browsers.
 
-A run is one of two kinds:
+A run is one of three kinds:
 
 - *peer*: its param is the browser's `offer`. The first output is the `answer`; then it tells states, what comes over
   the data channel, and figures. It ends when either side hangs up.
 - *play*: its param is the id of a `peer`. What its inputs bring is heard and seen there, in real time.
+- *listen*: its params are the id of a `peer` and `listen`. What the microphone there sends is its audio.
 
 A call is a browser that a stranger may control, on open UDP ports: let this worker have nothing else.
 """
@@ -37,6 +38,8 @@ from gpuworker.engines.base import (
     RequestContext,
     RunStopped,
 )
+from gpuworker.engines.webrtc.microphone import HZ as MICROPHONE_HZ
+from gpuworker.engines.webrtc.microphone import Microphone
 from gpuworker.engines.webrtc.offer import BadOffer, read_offer
 from gpuworker.engines.webrtc.reach import read_reach
 from protocol.install_hint import install_command
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
 #: How soon a cancel is noticed where no input tells of it: a play is to be silent at once, and calls are many.
 PLAY_NAP_S = 0.02
 CALL_NAP_S = 0.25
-MICROPHONE = AudioFormat(sample_rate=16_000)
+MICROPHONE = AudioFormat(sample_rate=MICROPHONE_HZ)
 #: A loop to look at while nobody speaks, not a film: it is in memory for each call.
 MAX_IDLE_BYTES = 16 * 1024 * 1024
 #: The least between two pictures: a call sends each as it is, 240 a second at most.
@@ -66,8 +69,13 @@ PARAMS: dict[str, Value] = {
     "type": "object",
     "properties": {
         "offer": {"type": "string", "maxLength": 65_536, "description": "the SDP of a browser's offer: begins a call"},
-        "listen": {"type": "boolean", "default": False, "description": "pass on the caller's microphone"},
-        "peer": {"type": "string", "maxLength": 64, "description": "the request id of a call: plays the inputs there"},
+        "microphone": {"type": "boolean", "default": False, "description": "let requests listen to the caller"},
+        "listen": {"type": "boolean", "default": False, "description": "pass on the caller's microphone as audio"},
+        "peer": {
+            "type": "string",
+            "maxLength": 64,
+            "description": "the request id of a call: plays the inputs there, or listens",
+        },
         "start": {"type": "integer", "minimum": 0, "default": 0, "description": "sample of a play to begin with"},
     },
     "oneOf": [{"required": ["offer"]}, {"required": ["peer"]}],
@@ -135,7 +143,7 @@ class WebRtcEngine(Engine):
 
     def format_for(self, params: dict[str, Value]) -> AudioFormat | None:
         """The format of the caller's microphone, if it is listened to."""
-        return MICROPHONE if params.get("listen") and "offer" in params else None
+        return MICROPHONE if params.get("listen") else None
 
     # -- loading
 
@@ -181,15 +189,16 @@ class WebRtcEngine(Engine):
     def generate(
         self, params: dict[str, Value], inputs: Mapping[str, EngineInput | LiveInput], context: RequestContext = NOBODY
     ) -> Iterator[Chunk]:
-        """Hold a call, or play on one."""
+        """Hold a call, play on one, or listen to one."""
         assert self._gateway is not None
-        wrong = [name for name in inputs if (name in ("audio", "video")) != ("peer" in params)]
-        if wrong:
-            kind = "a call takes commands and idle" if "offer" in params else "a play takes audio and video"
-            raise EngineError(f"input {wrong[0]} does not belong here: {kind}", code=ErrorCode.INPUT_MISMATCH)
+        kind, run, known = "a play takes audio and video", self._play, {"audio", "video"}
         if "offer" in params:
-            return self._call(self._gateway, params, inputs, context)
-        return self._play(self._gateway, params, inputs, context)
+            kind, run, known = "a call takes commands and idle", self._call, {"commands", "idle"}
+        elif params.get("listen"):
+            kind, run, known = "who listens takes commands", self._listen, {"commands"}
+        if wrong := [name for name in inputs if name not in known]:
+            raise EngineError(f"input {wrong[0]} does not belong here: {kind}", code=ErrorCode.INPUT_MISMATCH)
+        return run(self._gateway, params, inputs, context)
 
     def _call(
         self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext
@@ -199,7 +208,10 @@ class WebRtcEngine(Engine):
         except BadOffer as fault:
             raise InvalidParams({"offer": str(fault)}) from None
         request_id, listen = context.request_id, bool(params.get("listen"))
-        peer = gateway.do(gateway.open_peer(request_id, context.principal, listen=listen))
+        microphone = listen or bool(params.get("microphone"))
+        peer = gateway.do(gateway.open_peer(request_id, context.principal, microphone=microphone))
+        if listen and peer.microphone is not None:
+            gateway.soon(peer.microphone.listen, peer.events)
         try:
             yield OutputChunk({"answer": gateway.do(peer.answer(offer))})
             _begin(peer.events, self._obey, gateway, peer, inputs.get("commands"))
@@ -263,6 +275,33 @@ class WebRtcEngine(Engine):
             raise EngineError("the idle video does not begin with a key frame", code=ErrorCode.INPUT_MISMATCH)
         if pictures:
             gateway.soon(peer.screen.set_idle, pictures)
+
+    def _listen(
+        self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext
+    ) -> Iterator[Chunk]:
+        heard = gateway.peer(params["peer"], context.principal).microphone
+        if heard is None:
+            raise InvalidParams({"listen": "nobody may listen to this call; begin it with the param microphone"})
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        gateway.soon(heard.listen, events)
+        try:
+            _begin(events, self._await_end, gateway, heard, events, inputs.get("commands"))
+            yield from self._events(events, CALL_NAP_S)
+        finally:
+            gateway.soon(heard.leave, events)
+
+    @staticmethod
+    def _await_end(
+        gateway: "Gateway",
+        heard: Microphone,
+        events: "queue.SimpleQueue[Any]",
+        commands: EngineInput | LiveInput | None,
+    ) -> None:
+        """Listen until the commands end."""
+        if commands is not None:
+            for _ in commands:
+                pass
+            gateway.soon(heard.stop, events)
 
     def _play(
         self, gateway: "Gateway", params: dict[str, Value], inputs: Mapping[str, Any], context: RequestContext

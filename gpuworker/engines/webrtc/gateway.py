@@ -133,7 +133,7 @@ class Gateway:
         """Call something in the loop."""
         self._loop.call_soon_threadsafe(work, *arguments)
 
-    async def open_peer(self, request_id: str, principal: str = "", *, listen: bool = False) -> Peer:
+    async def open_peer(self, request_id: str, principal: str = "", *, microphone: bool = False) -> Peer:
         """Make a peer of a principal; `close_peer` ends it.
 
         Raises:
@@ -142,7 +142,7 @@ class Gateway:
         if len(self.peers) >= self.max_peers:
             message = f"all {self.max_peers} calls of this worker are taken; call later, or give it more --slots"
             raise EngineError(message, retryable=True)
-        peer = self.peers[request_id] = Peer(self.settings, principal, listen=listen)
+        peer = self.peers[request_id] = Peer(self.settings, principal, microphone=microphone)
         return peer
 
     async def close_peer(self, request_id: str, peer: Peer) -> None:

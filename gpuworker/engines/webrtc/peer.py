@@ -30,7 +30,9 @@ from aiortc.rtp import RTCP_PSFB_APP, RTCP_PSFB_FIR, RTCP_PSFB_PLI, RtcpPsfbPack
 from aiortc.sdp import candidate_from_sdp
 
 from gpuworker.engines.base import AudioChunk, EngineError, InvalidParams
+from gpuworker.engines.webrtc import microphone
 from gpuworker.engines.webrtc.bandwidth import Bandwidth
+from gpuworker.engines.webrtc.microphone import Microphone
 from gpuworker.engines.webrtc.offer import MAX_CANDIDATES, Offer, is_useful
 from gpuworker.engines.webrtc.play import OPUS_HZ, SLOT_S, SLOT_SAMPLES, SLOT_TICKS, Play
 from gpuworker.engines.webrtc.screen import Screen
@@ -57,7 +59,6 @@ MAX_EVENTS = 2_000
 MAX_TEXT_BYTES = 60 * 1024
 #: The label that clients of OpenAI's Realtime API give their data channel.
 EVENTS_LABEL = "oai-events"
-MICROPHONE_HZ = 16_000
 
 #: Where the event loop notes the sockets of the peer that is being made.
 SOCKETS: ContextVar[list[asyncio.BaseTransport]] = ContextVar("sockets")
@@ -116,17 +117,18 @@ class Peer:
     Args:
         settings: of the gateway.
         principal: who may play on it.
-        listen: whether its microphone is passed on.
+        microphone: whether its microphone is taken.
 
     Attributes:
         events: what it tells: frames of the request; None when it has hung up, or the error that ended it.
+        microphone: who listens to it; None if nobody may.
     """
 
-    def __init__(self, settings: Settings, principal: str, *, listen: bool) -> None:
+    def __init__(self, settings: Settings, principal: str, *, microphone: bool) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.principal = principal
+        self.microphone = Microphone() if microphone else None
         self._settings = settings
-        self._listen = listen
         # `iceServers=None` would ask a public STUN server.
         configuration = RTCConfiguration(list(settings.ice_servers), bundlePolicy=RTCBundlePolicy.MAX_BUNDLE)
         self._connection = RTCPeerConnection(configuration)
@@ -186,7 +188,7 @@ class Peer:
             track = self._audio
             if kind == "video":
                 track = self._video = PacketTrack("video", PTS_HZ)
-            direction = "sendrecv" if self._listen and kind == "audio" else "sendonly"
+            direction = "sendrecv" if self.microphone is not None and kind == "audio" else "sendonly"
             transceiver = self._connection.addTransceiver(track, direction=direction)
             known = RTCRtpSender.getCapabilities(kind).codecs
             transceiver.setCodecPreferences([each for each in known if each.name in (codec, "rtx")])
@@ -268,7 +270,7 @@ class Peer:
         self._state = state
         self.emit({"state": state})
 
-    def emit(self, event: dict[str, Value] | AudioChunk) -> None:
+    def emit(self, event: dict[str, Value]) -> None:
         """Pass on what the peer says or is."""
         if self._ended:
             return
@@ -281,6 +283,9 @@ class Peer:
         if self._ended:
             return
         self._ended, self._state = True, "closed"
+        if self.microphone is not None:
+            self.microphone.leave(self.events)
+            self.microphone.end()
         self.events.put({"state": "closed"})
         self.events.put(fault)
         while self._plays:
@@ -403,18 +408,18 @@ class Peer:
         channel.send(text)
 
     def _on_track(self, track: MediaStreamTrack) -> None:
-        if self._listen and track.kind == "audio":
-            self._begin(self._read_microphone(track))
+        if self.microphone is not None and track.kind == "audio":
+            self._begin(self._read_microphone(track, self.microphone))
 
-    async def _read_microphone(self, track: MediaStreamTrack) -> None:
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=MICROPHONE_HZ)
+    async def _read_microphone(self, track: MediaStreamTrack, heard: Microphone) -> None:
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=microphone.HZ)
         with contextlib.suppress(MediaStreamError):
             while not self._ended:
                 frame = await track.recv()
                 assert isinstance(frame, av.AudioFrame)
                 frame.pts = None
                 for each in resampler.resample(frame):
-                    self.emit(AudioChunk(bytes(each.planes[0])[: each.samples * 2]))
+                    heard.add(bytes(each.planes[0])[: each.samples * 2])
 
 
 def _with_public_ip(sdp: str, public_ip: str) -> str:

@@ -359,6 +359,25 @@ def test_the_microphone_is_not_listened_to_unless_asked_for() -> None:
         run = seats.call(caller)
         assert "a=sendonly" in run.until("answer")
         assert run.pcm == b""
+        assert "begin it with the param microphone" in seats.run({"peer": "call", "listen": True}).ended().message
+
+
+def test_who_listens_after_another_misses_nothing_of_the_microphone() -> None:
+    with the_seats() as seats, Caller(microphone=True) as caller:
+        call = seats.run({"offer": caller.offer(), "microphone": True}, "call")
+        caller.accept(call.until("answer"))
+        commands = live()
+        first = seats.run({"peer": "call", "listen": True}, commands=commands)
+        wait(lambda: len(first.pcm) > 16_000, first)
+        commands.feed(b"", last=True)
+        assert first.ended().outcome == "completed"
+        second = seats.run({"peer": "call", "listen": True})
+        wait(lambda: len(second.pcm) > 16_000, second)
+        assert "takes commands" in seats.run({"peer": "call", "listen": True}, idle=IDLE).ended().message
+        assert "no such call" in seats.run({"peer": "call", "listen": True}, who="bob").ended().message
+        caller.hang_up()
+        assert second.ended().outcome == "completed"
+        assert call.pcm == b""
 
 
 @pytest.mark.parametrize(
