@@ -100,6 +100,7 @@ lock: | $(BIN)/python ## write deploy/requirements-*.txt anew, with hashes
 	echo hatchling | $(LOCK) pyproject.toml - --extra relay -o deploy/requirements-relay.txt
 	$(LOCK) pyproject.toml --extra audio -o deploy/requirements-audio.txt
 	echo hatchling | $(LOCK) pyproject.toml - --extra webrtc -o deploy/requirements-webrtc.txt
+	echo hatchling | $(LOCK) pyproject.toml - --extra face -o deploy/requirements-face.txt
 	echo torch | $(LOCK) - -o deploy/requirements-torch.txt
 	echo hatchling | $(LOCK) pyproject.toml - --extra voxcpm -o deploy/requirements-gpuworker.txt \
 	  $$(sed -nE 's/^((torch|triton|nvidia-|cuda-)[^=]*)==.*/--no-emit-package \1/p' deploy/requirements-torch.txt)

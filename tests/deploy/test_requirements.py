@@ -10,7 +10,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = re.compile(
     r"^([A-Za-z0-9._-]+)==(\S+)(?: ; [^\\\n]+)? \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
-EXTRAS = {"relay": ["relay"], "audio": ["audio"], "gpuworker": ["voxcpm"], "webrtc": ["webrtc"], "torch": []}
+EXTRAS = {
+    "relay": ["relay"],
+    "audio": ["audio"],
+    "gpuworker": ["voxcpm"],
+    "webrtc": ["webrtc"],
+    "face": ["face"],
+    "torch": [],
+}
 
 
 def name_of(package: str) -> str:
@@ -34,7 +41,7 @@ def test_every_package_that_is_needed_is_there_in_its_tested_version(name: str) 
     needed |= {name_of(each) for extra in EXTRAS[name] for each in project["optional-dependencies"][extra]}
     if name == "gpuworker":
         needed = needed - {"torch"} | {"voxcpm"}
-    if name in ("gpuworker", "relay", "webrtc"):
+    if name in ("gpuworker", "relay", "webrtc", "face"):
         needed |= {name_of(each) for each in ("hatchling",)}  # it builds relayd itself
     assert needed <= there.keys()
     pins = dict(re.findall(r"^([^=\s#]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
