@@ -23,7 +23,7 @@ from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.requests.request import Request
 from relayd.scheduling.model import State
-from relayd.talk.held_request import PRIORITY, HeldRequest
+from relayd.talk.held_request import PRIORITY, FedRequest, HeldRequest
 
 COMMANDS, IDLE = "commands", "idle"
 #: Commands that may wait until the peer has answered, or for the store.
@@ -38,17 +38,6 @@ FULL = "all lines of the space of calls are taken; call again later"
 
 
 @attrs.define(eq=False)
-class Line(HeldRequest):
-    """The request of a call, held and fed."""
-
-    principal: Principal = attrs.field(kw_only=True)
-
-    def on_input_stored(self, request: Request, name: str, *, again: bool = False) -> None:
-        """There is room for more commands."""
-        self.on_change()
-
-
-@attrs.define(eq=False)
 class Call:
     """One call; `run` sets it up and follows it to its end.
 
@@ -57,6 +46,7 @@ class Call:
         offer: the SDP of the peer.
         avatar: whose face it shows.
         on_end: called with it when it has ended.
+        listens: whether its microphone is heard, by a `CallEar`.
     """
 
     admission: Admission
@@ -65,6 +55,7 @@ class Call:
     offer: str
     avatar: str
     on_end: Callable[["Call"], None]
+    listens: bool = False
     answer: str | None = None
     #: Why it has ended, once it has; None if the peer hung up.
     failure: Rejected | None = None
@@ -76,7 +67,7 @@ class Call:
     _stop_noted: trio.Event = attrs.field(factory=trio.Event)
     _answered: trio.Event = attrs.field(factory=trio.Event)
     _changed: trio.Event = attrs.field(factory=trio.Event)
-    _line: Line = attrs.field(init=False)
+    _line: FedRequest = attrs.field(init=False)
     #: The request that makes the picture for times of silence.
     _idle: HeldRequest | None = None
     #: Those on whom it depends; without any at first, it depends on nobody.
@@ -86,7 +77,7 @@ class Call:
     _is_over: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self._line = Line(self._wake, principal=self.principal)
+        self._line = FedRequest(self._wake, principal=self.principal)
 
     def _wake(self) -> None:
         self._pump()
@@ -106,6 +97,11 @@ class Call:
     def has_picture(self) -> bool:
         """Whether the peer wants to see something."""
         return "m=video" in self.offer
+
+    @property
+    def slots(self) -> int:
+        """How many slots of the space of calls it takes: itself, what is played on it, and who listens."""
+        return 3 if self.listens else 2
 
     # -- for those who call
 
@@ -189,7 +185,7 @@ class Call:
             if self._idle is not None and self._waits_for_face:
                 self._drop("a call is answered without the face")
                 self._line.release(trio.current_time())
-                self._line, self._idle, self.failure = Line(self._wake, principal=self.principal), None, None
+                self._line, self._idle, self.failure = FedRequest(self._wake, principal=self.principal), None, None
                 self._open()
             await self._follow(self._answered.is_set)
         if patience.cancelled_caught:
@@ -216,7 +212,8 @@ class Call:
         inputs = {COMMANDS: InputInfo(media_type="application/x-ndjson", live=True)}
         if self._idle is not None and self._idle.request is not None:
             inputs[IDLE] = InputInfo(from_=self._idle.request.request_id)
-        self._submit(self._line, self._settings.calls, {"offer": self.offer}, inputs)
+        params: dict[str, Value] = {"offer": self.offer} | ({"microphone": True} if self.listens else {})
+        self._submit(self._line, self._settings.calls, params, inputs)
 
     def _open_idle(self) -> None:
         space = self._settings.face
@@ -296,6 +293,13 @@ class Call:
             if request.live:
                 self.relay.cancel(request, reason)
             self._idle.release(trio.current_time())
+
+
+def offers_microphone(offer: str) -> bool:
+    """Whether the peer says that it sends sound."""
+    _, _, audio = offer.partition("m=audio")
+    lines = audio.partition("m=")[0].split()
+    return "a=sendrecv" in lines or "a=sendonly" in lines
 
 
 def face_params(relay: Relay, space: str, avatar: str, **params: Value) -> dict[str, Value]:

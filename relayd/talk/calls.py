@@ -13,7 +13,7 @@ from relayd.auth.tokens import Principal, reject_readonly
 from relayd.core.admission import Admission
 from relayd.core.relay import Relay
 from relayd.stats.counters import count
-from relayd.talk.call import ENDED, FULL, Call
+from relayd.talk.call import ENDED, FULL, Call, offers_microphone
 
 log = structlog.get_logger("relayd.talk.calls")
 
@@ -61,12 +61,18 @@ class Calls:
         call = self._calls.get((principal.name, key))
         return call if call is not None and not call.ended.is_set() else None
 
+    def all_with(self, kind: str) -> list[Call]:
+        """Return the calls whose keys are of this kind."""
+        return [call for (_, key), call in self._calls.items() if key.startswith(f"{kind}-")]
+
     def with_id(self, principal: Principal, request_id: str) -> Call | None:
         """Return the call of a principal that goes through this request."""
         mine = (call for (name, _), call in self._calls.items() if name == principal.name)
         return next((call for call in mine if call.request_id == request_id), None)
 
-    def open(self, principal: Principal, key: str, offer: str, avatar: str = "") -> Call | Rejected:
+    def open(
+        self, principal: Principal, key: str, offer: str, avatar: str = "", *, listen: bool = False
+    ) -> Call | Rejected:
         """Begin a call; it takes the place of the one with the same key.
 
         Args:
@@ -74,19 +80,30 @@ class Calls:
             key: see `key_of`.
             offer: the SDP of the peer.
             avatar: whose face it shows.
+            listen: whether its microphone is heard, if it has one and a space transcribes.
 
         Returns:
             The call, which is not answered yet; or why there is none.
         """
-        if refusal := self._refuse(principal, key, offer):
+        if refusal := self._refuse(principal, offer):
+            return refusal
+        call = Call(self.admission, principal, key, offer, avatar, self._on_end)
+        call.listens = listen and offers_microphone(offer) and self._can_listen
+        if refusal := self._refuse_full(call):
             return refusal
         if (before := self.find(principal, key)) is not None:
             before.hang_up("another call has taken its place")
-        call = Call(self.admission, principal, key, offer, avatar, self._on_end)
         self._begin(call)
         return call
 
-    def _refuse(self, principal: Principal, key: str, offer: str) -> Rejected | None:
+    @property
+    def _can_listen(self) -> bool:
+        """Whether somebody writes down what callers say, and the worker of calls, which may be older, passes it on."""
+        settings, space = self.relay.config.talk, self.relay.spaces.get(self.space)
+        known = space.params.get("properties", {}) if space is not None else {}
+        return settings is not None and bool(settings.transcribe) and "microphone" in known
+
+    def _refuse(self, principal: Principal, offer: str) -> Rejected | None:
         space = self.space
         if principal.readonly:
             return reject_readonly()
@@ -98,10 +115,15 @@ class Calls:
         if not self.relay.workers.serving(space):
             message = f"no worker of space {space!r} is connected, so nobody can call; call again when there is one"
             return Rejected.because(ErrorCode.NO_WORKER, message)
-        slots = sum(worker.slots for worker in self.relay.scheduler.state.workers_of(space))
-        others = sum(mine != (principal.name, key) for mine in self._calls)
-        if 2 * (others + 1) > slots:  # what is played on a call needs a slot, too
-            return Rejected.because(ErrorCode.QUEUE_FULL, f"{FULL} (a call takes two of its {slots} slots)")
+        return None
+
+    def _refuse_full(self, call: Call) -> Rejected | None:
+        slots = sum(worker.slots for worker in self.relay.scheduler.state.workers_of(self.space))
+        mine = call.principal.name, call.key
+        taken = sum(other.slots for key, other in self._calls.items() if key != mine)
+        if taken + call.slots > slots:
+            each = "three" if call.listens else "two"
+            return Rejected.because(ErrorCode.QUEUE_FULL, f"{FULL} (a call takes {each} of its {slots} slots)")
         return None
 
     def _begin(self, call: Call) -> None:
@@ -137,6 +159,7 @@ class Calls:
                 continue
             principal, offer = principal_named(request.principal), request.submit.params["offer"]
             call = Call(self.admission, principal, f"{kind}-{rest}", str(offer), "", self._on_end)
+            call.listens = bool(request.submit.params.get("microphone"))
             call.resume(request)
             if kind == TALK:
                 call.hold(self)

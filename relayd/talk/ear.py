@@ -16,7 +16,7 @@ from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
 from relayd.requests.live_input import LiveInput
 from relayd.scheduling.model import State
-from relayd.talk.held_request import PRIORITY, HeldRequest
+from relayd.talk.held_request import PRIORITY, FedRequest
 from relayd.talk.place import Place
 
 #: Between two looks whether a worker has come.
@@ -68,7 +68,7 @@ class Ear:
         request_id: of the request.
         space: that transcribes.
         params: of the request.
-        media_type: of what it is fed.
+        rate: samples a second of what it is fed.
     """
 
     place: Place
@@ -76,21 +76,22 @@ class Ear:
     request_id: str
     space: str
     params: dict[str, Value]
-    media_type: str
-    #: Bytes that were fed.
-    fed_bytes: int = 0
+    rate: int
     is_ended: bool = False
-    _held: "_HeldEar" = attrs.field(init=False)
+    _fed_bytes: int = 0
+    _held: FedRequest = attrs.field(init=False)
     _fed: LiveInput = attrs.field(init=False)
     #: The place of the last thing that was told, the end of what was said last, and the text behind it so far.
     _last_voice: tuple[int, int] = (-1, 0)
     _said_until: int = -1
     _text: str = ""
     _failed: bool = False
+    #: Since when nobody is there to begin with it.
+    _unserved_since: float | None = None
     _changed: trio.Event = attrs.field(factory=trio.Event)
 
     def __attrs_post_init__(self) -> None:
-        self._held = _HeldEar(self._wake, principal=self.principal)
+        self._held = FedRequest(self._wake, principal=self.principal)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -107,15 +108,33 @@ class Ear:
         """Whether the engine has heard all that was fed, and what it has told of that was told."""
         return self._fed.taken >= self.fed_bytes and not self._held.has_more
 
+    @property
+    def fed_bytes(self) -> int:
+        """Bytes that were fed."""
+        return self._fed_bytes
+
+    @property
+    def fed_at(self) -> float:
+        """When something was fed last."""
+        return self._fed.received_at
+
     def open(self) -> Rejected | None:
         """Submit the request; returns why it is refused."""
+        return self._submit(InputInfo(media_type=self._media_type, live=True))
+
+    @property
+    def _media_type(self) -> str:
+        return f"audio/L16;rate={self.rate};channels=1"
+
+    def _submit(self, audio: InputInfo, group: str | None = None) -> Rejected | None:
         submit = Submit(
             request_id=self.request_id,
             space=self.space,
             params=self.params,
-            inputs={AUDIO: InputInfo(media_type=self.media_type, live=True)},
+            inputs={AUDIO: audio},
             priority=PRIORITY,
             retry="always",
+            group=group,
         )
         admitted = self.place.admission.submit(submit, self.principal, self._held)
         if isinstance(admitted, Rejected):
@@ -139,13 +158,13 @@ class Ear:
         request = self._held.request
         assert request is not None
         piece = Input(
-            request_id=self.request_id, name=AUDIO, offset=self.fed_bytes, data=data, last=True if last else None
+            request_id=self.request_id, name=AUDIO, offset=self._fed_bytes, data=data, last=True if last else None
         )
         fed = self._fed
-        while self.is_live and self.fed_bytes + len(data) - fed.size > MAX_UNACKED_BYTES:
+        while self.is_live and self._fed_bytes + len(data) - fed.size > MAX_UNACKED_BYTES:
             await self._changed.wait()
         if self.is_live:
-            self.fed_bytes += len(data)
+            self._fed_bytes += len(data)
             self.place.admission.add_input(request, piece, self._held)
         while self.is_live and self._held in fed.held_back:
             await self._changed.wait()
@@ -154,7 +173,6 @@ class Ear:
     async def next(self) -> Heard | None:
         """Return what is heard next; None when everything was."""
         patience_s = self.place.relay.config.http.no_worker_wait_s
-        unserved_since: float | None = None
         while not self._failed:
             if (refused := self._held.refusal) is not None:
                 self._failed = True
@@ -166,14 +184,14 @@ class Ear:
                 return None
             now = trio.current_time()
             if self._is_unserved:
-                unserved_since = now if unserved_since is None else unserved_since
-                if now >= unserved_since + patience_s:
+                self._unserved_since = now if self._unserved_since is None else self._unserved_since
+                if now >= self._unserved_since + patience_s:
                     self._failed = True
                     message = f"no worker of space {self.space!r} is connected, so nobody hears you; try again later"
                     self.close(message)
                     return HearingFailed(ErrorCode.NO_WORKER, message, retryable=True)
             else:
-                unserved_since = None
+                self._unserved_since = None
             with trio.move_on_after(LOOK_S):
                 await self._changed.wait()
         return None
@@ -224,14 +242,3 @@ class Ear:
             self.place.relay.cancel(request, reason)
         self._held.release(trio.current_time())
         self._wake()
-
-
-@attrs.define(eq=False)
-class _HeldEar(HeldRequest):
-    """The request, held by the one who feeds it."""
-
-    principal: Principal = attrs.field(kw_only=True)
-
-    def on_input_stored(self, request: Any, name: str, *, again: bool = False) -> None:
-        """There is room for more."""
-        self.on_change()

@@ -9,6 +9,7 @@ from protocol.wire.codec import decode
 from protocol.wire.errors import ErrorCode
 from protocol.wire.frames import Frame
 from protocol.wire.messages import FRAMES, Rejected
+from relayd.auth.tokens import Principal
 from relayd.frames.frame_log import LOW_WATER_BYTES, FrameReader
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition
@@ -139,4 +140,15 @@ class HeldRequest(FrameQueue):
 
     def on_ended(self, request: Request) -> None:
         """The request has ended."""
+        self.on_change()
+
+
+@attrs.define(eq=False)
+class FedRequest(HeldRequest):
+    """A request whose live input is fed by its holder."""
+
+    principal: Principal = attrs.field(kw_only=True)
+
+    def on_input_stored(self, request: Request, name: str, *, again: bool = False) -> None:
+        """There is room for more."""
         self.on_change()

@@ -19,7 +19,8 @@ from relayd.core.admission import Admission
 from relayd.store.base import StoreError
 from relayd.store.records import DeleteTalk, Loaded, PutTalk, TalkRecord, TurnRecord
 from relayd.talk.call import Call
-from relayd.talk.calls import Calls
+from relayd.talk.call_listener import CallListener
+from relayd.talk.calls import TALK, Calls, key_of
 from relayd.talk.conversation import Conversation, TurnState
 from relayd.talk.events import ReplyEnded
 from relayd.talk.index import TalkIndex
@@ -358,6 +359,11 @@ class Talks:
                 log.exception("internal error in the retention of conversations")
             await trio.sleep(PURGE_INTERVAL_S)
 
+    def listen(self, talk: Talk, call: Call) -> None:
+        """Take what is said on the call of a conversation for what is said there, if somebody hears it."""
+        if call.listens:
+            self.place.nursery.start_soon(CallListener(talk, call).run)
+
     # -- after a restart
 
     async def restore(self, loaded: Loaded) -> None:
@@ -374,8 +380,18 @@ class Talks:
         for record in loaded.talks:
             if record.talk_id in unended:
                 await self._resume(record)
+        await self._listen_again(loaded.talks)
         if loaded.talks:
             log.info("conversations restored", talks=len(loaded.talks), replies=len(loaded.unended_turns))
+
+    async def _listen_again(self, records: Sequence[TalkRecord]) -> None:
+        """Listen to the calls that have gone on."""
+        calls = {(call.principal.name, call.key): call for call in self.place.calls.all_with(TALK) if call.listens}
+        for record in records if calls else ():
+            call = calls.get((record.principal, key_of(TALK, record.talk_id)))
+            session = await self._session_of(record) if call is not None else None
+            if call is not None and isinstance(session, Session):
+                self.listen(Talk(session, call.principal), call)
 
     async def _resume(self, record: TalkRecord) -> None:
         try:

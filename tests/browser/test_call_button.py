@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.test_talk import HEARS, SILENT, STATES, TURNS, WORKERS, a_talk, by_link, say
+from tests.browser.test_talk import HEARS, SILENT, STATES, TURNS, VOICE, WORKERS, a_talk, by_link, say
 from tests.browser.window import LOUD, Browser, Window, a_window
 from tests.support.calls import WORKER
 from tests.support.processes import a_worker
@@ -55,6 +55,36 @@ async def test_a_reply_is_heard_and_seen_on_the_call_and_interrupted(tmp_path: P
         await say(window, "Hello")
         await window.until(HEARS)
         await window.until(f"({TURNS}).length === 4 && ({STATES}).endsWith('done')")
+    browser.errors()  # a call may have ended before it is hung up
+
+
+@pytest.mark.trio
+async def test_what_is_said_on_the_call_is_answered_there_and_muted_it_is_not_heard(
+    tmp_path: Path, browser: Browser
+) -> None:
+    ears = ("--space", "stt", "--engine", "mock", "-o", "transcripts=I am sad about a great many things.|Good bye")
+    config = CONFIG.replace('face = "face"', 'transcribe = "stt"') + "[spaces.stt]\n"
+    voice = "window.voice.gain.value"
+    async with a_talk(tmp_path, (*WORKERS, ears, WORKER), config) as (site, _), a_window(browser) as window:
+        await by_link(window, site)
+        await window.js(f"(() => {{ {VOICE} }})()")
+        await window.click("#talk-call")
+        await window.until("document.getElementById('talk-mute').offsetHeight > 0")
+        assert await window.js("document.getElementById('talk-mic').offsetHeight") == 0
+        await window.js(LISTEN)
+        await window.js(f"{voice} = 0.8, window.since = window.voice.context.currentTime")
+        await window.until("window.voice.context.currentTime > window.since + 0.6")
+        await window.js(f"{voice} = 0, true")
+        await window.until(f"({TURNS})[0] === 'I am sad about a great many things.' && onCall() > {LOUD}")
+        assert await window.js(SILENT), "the page does not play it, too"
+        await window.js(f"{voice} = 0.8, true")
+        await window.until(f"({STATES}).startsWith('done,interrupted')")
+        await window.click("#talk-mute")
+        assert await window.js("window.voice.stream.getAudioTracks().every(({ enabled }) => !enabled)")
+        await window.until(f"({TURNS})[2] === 'Good bye' && ({STATES}).endsWith('done')")  # muted is silent
+        assert not await window.js(f"{VIDEO}.muted"), "one hears on"
+        await window.click("#talk-call")
+        await window.until("window.voice.stream.getAudioTracks().every(({ readyState }) => readyState === 'ended')")
     browser.errors()  # a call may have ended before it is hung up
 
 

@@ -124,6 +124,7 @@ VOICE = """
   const into = context.createMediaStreamDestination();
   tone.connect(window.voice).connect(into);
   tone.start();
+  window.voice.stream = into.stream;
   navigator.mediaDevices.getUserMedia = async () => into.stream;
   return true;
 """

@@ -64,13 +64,19 @@ class _WatchingLoop(asyncio.SelectorEventLoop):
 
 
 class _Tone(AudioStreamTrack):
-    """A microphone that beeps."""
+    """A microphone that beeps while its caller speaks."""
+
+    def __init__(self, caller: "Caller") -> None:
+        super().__init__()
+        self._caller = caller
 
     async def recv(self) -> av.AudioFrame:
         frame = await super().recv()
         assert isinstance(frame, av.AudioFrame)
         count = np.arange(frame.samples)
-        wave = (np.sin(2 * np.pi * count * 20 / frame.samples) * 12_000).astype(np.int16)
+        level = 12_000 if self._caller.speaks else 0
+        self._caller.spoken += self._caller.speaks
+        wave = (np.sin(2 * np.pi * count * 20 / frame.samples) * level).astype(np.int16)
         frame.planes[0].update(wave.tobytes())
         return frame
 
@@ -88,6 +94,10 @@ class Caller:
         self.heard: list[tuple[float, bytes]] = []
         self.seen: list[Seen] = []
         self.said: list[str] = []
+        #: Whether its microphone sends the tone, or silence.
+        self.speaks = True
+        #: Packets of the tone that it has sent, 20 ms each.
+        self.spoken = 0
         #: The sizes of the datagrams that came.
         self.datagrams: list[int] = []
         self.connection: RTCPeerConnection = None  # type: ignore[assignment]  # made in its loop
@@ -126,7 +136,7 @@ class Caller:
         connection = self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         connection.on("track", self._on_track)
         if microphone:
-            connection.addTransceiver(_Tone(), direction="sendrecv")
+            connection.addTransceiver(_Tone(self), direction="sendrecv")
         else:
             connection.addTransceiver("audio", direction="recvonly")
         if video:

@@ -1,21 +1,30 @@
 """Stand-ins for the space of calls and for that of faces, whose peers and players do as a test says."""
 
 import json
+import math
+from array import array
 from functools import partial
 from typing import Any
 
 import attrs
 import trio
 
-from protocol.wire.frames import Completed, Failed, Output, Started
+from protocol.wire.frames import Audio, Completed, Failed, Output, Started
 from protocol.wire.messages import Input, InputAck, Rejected
+from protocol.wire.structs import AudioFormat
 from relayd.talk.call import Call
 from tests.support.talking import ANN, FakeEngine, Sending, Stage
 
 OFFER = "v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\nm=audio 9 UDP/TLS/RTP/SAVPF 111\r\nm=video 9 UDP/TLS/RTP/SAVPF 96\r\n"
 PEER: dict[str, Any] = {
     "type": "object",
-    "properties": {"offer": {"type": "string"}, "peer": {"type": "string"}, "start": {"type": "integer"}},
+    "properties": {
+        "offer": {"type": "string"},
+        "peer": {"type": "string"},
+        "start": {"type": "integer"},
+        "microphone": {"type": "boolean"},
+        "listen": {"type": "boolean"},
+    },
     "additionalProperties": False,
 }
 FACE: dict[str, Any] = {
@@ -23,9 +32,24 @@ FACE: dict[str, Any] = {
     "properties": {"avatar": {"type": "string"}, "idle": {"type": "boolean"}},
     "additionalProperties": False,
 }
+#: An offer of somebody who has a microphone.
+SPEAKS = OFFER.replace("m=video", "a=sendrecv\r\nm=video")
+MICROPHONE_HZ = 16_000
 LIVE = {"live": True, "patient": True}
 IVF = "video/x-ivf"
 CALLS: dict[str, Any] = {"calls": {"run_timeout_s": 14_400.0}, "face": {}}
+
+
+def tone(seconds: float) -> bytes:
+    """What a microphone of a call sends while somebody speaks."""
+    step = 2 * math.pi * 440 / MICROPHONE_HZ
+    count = round(seconds * MICROPHONE_HZ)
+    return array("h", (round(8_000 * math.sin(step * at)) for at in range(count))).tobytes()
+
+
+def silence(seconds: float) -> bytes:
+    """What it sends while nobody does."""
+    return bytes(2 * round(seconds * MICROPHONE_HZ))
 
 
 @attrs.define(eq=False)
@@ -38,6 +62,9 @@ class Gateway(FakeEngine):
     #: Peer -> what was played on it, and the pictures.
     heard: dict[str, bytearray] = attrs.field(factory=dict)
     seen: dict[str, bytearray] = attrs.field(factory=dict)
+    #: Those who listen to the only peer, in order, and what it said before.
+    ears: list[Sending] = attrs.field(factory=list)
+    unheard: bytes = b""
     #: What it shows while nobody speaks.
     idle: bytes = b""
     #: Sample of each speech at which it waits for `goes_on`.
@@ -48,9 +75,11 @@ class Gateway(FakeEngine):
 
     async def run(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
         """See `FakeEngine.run`."""
-        out.send(Started, format=None)
+        out.send(Started, format=AudioFormat(sample_rate=MICROPHONE_HZ) if out.assign.params.get("listen") else None)
         if "offer" in out.assign.params:
             await self._talk(out, fed)
+        elif out.assign.params.get("listen"):
+            await self._listen(out, fed)
         else:
             await self._play(out, fed)
 
@@ -84,6 +113,26 @@ class Gateway(FakeEngine):
         self.worker.send(
             InputAck(request_id=piece.request_id, attempt=out.assign.attempt, name=piece.name, offset=offset)
         )
+
+    async def _listen(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
+        self.ears.append(out)
+        try:
+            pcm, self.unheard = self.unheard, b""
+            self.speak(pcm)
+            async for piece in fed:
+                if piece.last:
+                    break
+            out.send(Completed, result={})
+        finally:
+            self.ears.remove(out)
+
+    def speak(self, pcm: bytes, step: int = 3_200) -> None:
+        """Say something into the microphone: 16 kHz, mono."""
+        if not self.ears:
+            self.unheard += pcm
+            return
+        for start in range(0, len(pcm), step):
+            self.ears[-1].send(Audio, pcm=pcm[start : start + step])
 
     async def _play(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
         peer, start, open_inputs = out.assign.params["peer"], out.assign.params.get("start", 0), set(out.assign.inputs)

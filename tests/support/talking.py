@@ -203,8 +203,9 @@ class Listener(FakeEngine):
     async def run(self, out: Sending, fed: trio.MemoryReceiveChannel[Input]) -> None:
         """See `FakeEngine.run`."""
         params = out.assign.params
+        rate = int(out.assign.inputs["audio"].media_type.split("rate=")[1].split(";")[0])
         cutter = Utterances(
-            24_000,
+            rate,
             loudness,
             threshold=params.get("threshold", 0.5),
             silence_ms=params.get("silence_ms", 500),
@@ -221,7 +222,7 @@ class Listener(FakeEngine):
             self.worker.send(ack)
             events = [*cutter.add(piece.data), *(cutter.finish() if piece.last else ())]
             if params.get("turn_detection") == "none":
-                events = [Utterance(whole, 24_000, 0)] if piece.last else []
+                events = [Utterance(whole, rate, 0)] if piece.last else []
             for event in events:
                 if not await self._tell(out, event):
                     return

@@ -1,4 +1,5 @@
-// A call by WHEP (docs/talk.md): the replies of a conversation are heard, and who speaks is seen, over WebRTC.
+// A call by WHEP (docs/talk.md): the replies of a conversation are heard, and who speaks is seen, over WebRTC; what is
+// said into the microphone is heard by the relay.
 
 import { ask, post } from "./talks.js";
 
@@ -12,6 +13,7 @@ export class Call {
   #tell;
   #peer = null;
   #where = null; // the address at which it ends
+  #microphone = null; // the stream that is sent along
   state = "calling"; // then "connected", then "ended"
 
   /** `tell(why)` hears of each change of the state; `why` is null but for a call that was lost. */
@@ -19,13 +21,27 @@ export class Call {
     [this.#video, this.#tell] = [video, tell];
   }
 
-  /** Call the conversation; throws if the relay refuses. */
-  async start(talk) {
+  /** Whether the relay hears the microphone. */
+  get speaks() {
+    return this.#microphone !== null;
+  }
+
+  /** Whether it hears silence instead. */
+  set muted(muted) {
+    for (const track of this.#microphone?.getAudioTracks() ?? []) track.enabled = !muted;
+  }
+
+  /** Call the conversation, with the stream of a microphone if there is one; throws if the relay refuses. */
+  async start(talk, microphone = null) {
+    this.#microphone = microphone;
+    if (this.state === "ended") return this.#leave();
     const { iceServers } = await ask("v1/talk/ice");
     const peer = new RTCPeerConnection({ iceServers });
     if (this.state === "ended") return peer.close();
     this.#peer = peer;
-    for (const kind of ["audio", "video"]) peer.addTransceiver(kind, { direction: "recvonly" });
+    if (microphone) peer.addTransceiver(microphone.getAudioTracks()[0], { direction: "sendrecv" });
+    else peer.addTransceiver("audio", { direction: "recvonly" });
+    peer.addTransceiver("video", { direction: "recvonly" });
     peer.ontrack = ({ streams: [stream] }) => (this.#video.srcObject = stream);
     peer.onconnectionstatechange = () => {
       if (peer.connectionState === "connected" && this.state === "calling") this.#change("connected");
@@ -66,6 +82,7 @@ export class Call {
     const [peer, where] = [this.#peer, this.#where];
     [this.#where, this.#video.srcObject] = [null, null];
     peer?.close();
+    this.#microphone?.getTracks().forEach((track) => track.stop()); // until then the browser shows that it listens
     if (where) ask(where, { method: "DELETE" }).catch(() => {}); // it may have ended there, too
   }
 

@@ -3,7 +3,7 @@
 import { Call } from "./call.js";
 import { $, announce, make, set } from "./elements.js";
 import { Face } from "./face.js";
-import { Microphone } from "./microphone.js";
+import { Microphone, openMicrophone } from "./microphone.js";
 import { kept } from "./storage.js";
 import { ask, bytesOf, events, readSpeech } from "./talks.js";
 import { Track } from "./track.js";
@@ -46,7 +46,7 @@ export class Talk {
     $("talk-stop").onclick = () => this.stop();
     $("talk-mic").onclick = () => (this.#microphone ? this.#deafen() : this.#listen());
     $("talk-call").onclick = () => (this.#call ? this.#hangUp() : this.#ring());
-    $("talk-mute").onclick = () => this.#mute(!$("talk-video").muted);
+    $("talk-mute").onclick = () => this.#mute($("talk-mute").ariaPressed !== "true");
     $("talk-new").onclick = () => this.#choose(null);
     $("talk-delete").onclick = () => this.#delete();
     $("talks").onchange = () => this.#choose($("talks").value || null);
@@ -152,11 +152,12 @@ export class Talk {
       if (why && reply?.track.samples && !reply.stopped && !this.#heard) this.#play(this.#open, null, reply.track);
       this.draw();
     });
+    this.#deafen();
     [this.#call, this.#fault] = [call, null];
     this.#mute(false);
     this.draw();
     try {
-      await call.start(await this.#talkToSayIn());
+      await call.start(await this.#talkToSayIn(), await this.#microphoneOfCall());
     } catch (error) {
       if (call === this.#call) this.#fault = { code: error.code ?? "call", message: error.message };
       call.end();
@@ -168,8 +169,21 @@ export class Talk {
     this.#call?.end();
   }
 
+  /** The stream that the relay hears on a call; null if it does not, or the user gives none. */
+  async #microphoneOfCall() {
+    if (!this.#listens || !navigator.mediaDevices) return null;
+    try {
+      return await openMicrophone();
+    } catch (error) {
+      this.#fault = { code: "microphone", message: say("no_microphone", { why: error.message }) };
+      return null;
+    }
+  }
+
+  /** On a call with a microphone, the relay hears nothing; on another one, the user does not. */
   #mute(muted) {
-    $("talk-video").muted = muted;
+    if (this.#call?.speaks) this.#call.muted = muted;
+    else $("talk-video").muted = muted;
     $("talk-mute").setAttribute("aria-pressed", String(muted));
   }
 
@@ -390,7 +404,7 @@ export class Talk {
     $("talk-mute").hidden = $("talk-video").hidden = !this.#isOnCall;
     $("face").classList.toggle("gone", this.#isOnCall);
     const mic = $("talk-mic");
-    mic.hidden = !this.#listens;
+    mic.hidden = !this.#listens || Boolean(this.#call?.speaks);
     mic.disabled = !navigator.mediaDevices; // browsers give the microphone to secure contexts only
     mic.title = mic.disabled ? say("talk_insecure") : "";
     set(mic, say(this.#microphone ? "talk_deaf" : "talk_listen"));

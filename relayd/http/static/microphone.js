@@ -11,6 +11,11 @@ const SESSION = {
   audio: { input: { turn_detection: { type: "server_vad", create_response: false, interrupt_response: false } } },
 };
 
+/** Ask for the microphone, without the echo: a reply that is heard would interrupt itself. */
+export function openMicrophone() {
+  return navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: true } });
+}
+
 /** The microphone; `tell` is called with "began" when the user speaks, "said" and the words, and "ended" and a fault or null. */
 export class Microphone {
   #tell;
@@ -25,8 +30,7 @@ export class Microphone {
 
   /** Throws if the browser gives no microphone. */
   async start() {
-    // Without the echo: a reply that is heard would interrupt itself.
-    this.#stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: true } });
+    this.#stream = await openMicrophone();
     this.#context = new AudioContext();
     try {
       await this.#context.audioWorklet.addModule(new URL("worklet.js", import.meta.url));

@@ -3,6 +3,7 @@
 from typing import Any
 
 from relayd.store.records import TURN_ENDED, TURN_LIVE
+from relayd.talk.calls import MAX_OFFER_BYTES
 from relayd.talk.session import MAX_TEXT_BYTES
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS, MAX_SESSION_CHARS, MAX_USER_CHARS
 
@@ -19,6 +20,7 @@ _ERRORS = {
     413: "The text or the body is too large.",
     415: "The body is of another media type.",
     422: "A field is not valid: `details` says which.",
+    428: "If-Match is missing.",
     429: "Too much waits, or too much was asked. See Retry-After.",
     500: "Internal error, or the reply was too long.",
     501: "This relay is installed without its audio packages.",
@@ -90,7 +92,12 @@ def _object(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
 
 
 def _operation(
-    name: str, summary: str, answers: dict[int, Schema | None], *errors: int, body: Schema | None = None
+    name: str,
+    summary: str,
+    answers: dict[int, Schema | None],
+    *errors: int,
+    body: Schema | None = None,
+    error: str = "Error",
 ) -> Schema:
     operation: Schema = {"operationId": name, "summary": summary}
     if body is not None:
@@ -101,24 +108,30 @@ def _operation(
         content = {} if schema is None else {"content": {"application/json": {"schema": schema}}}
         responses[str(status)] = {"description": "Done.", **content}
     for status in sorted({*errors, *_ALWAYS}):
-        error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        responses[str(status)] = {"description": _ERRORS[status], "content": error}
+        refused = {"application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}}
+        responses[str(status)] = {"description": _ERRORS[status], "content": refused}
     return operation | {"responses": responses}
 
 
-def _of_sdp(name: str, summary: str, media_type: str, status: int) -> Schema:
-    """An operation whose body is SDP, or a fragment of it."""
-    operation = _operation(name, summary, {status: None}, 404, 408, 412, 413, 415, 422, 500, 502, 503, 504)
-    sdp: Schema = {"content": {media_type: {"schema": {"type": "string"}}}}
+def _sdp(media_type: str = "application/sdp") -> Schema:
+    return {media_type: {"schema": {"type": "string", "description": f"at most {MAX_OFFER_BYTES:,} bytes"}}}
+
+
+def _of_sdp(name: str, summary: str, media_type: str, status: int, *errors: int, error: str = "Error") -> Schema:
+    """An operation whose body is SDP, or a fragment of it; one that begins a call answers with SDP."""
+    errors = (404, 408, 413, 415, 422, 500, 502, 503, 504, *errors)
+    operation = _operation(name, summary, {status: None}, *errors, error=error)
+    operation["requestBody"] = {"required": True, "content": _sdp(media_type)}
     if status == 201:
-        operation["responses"]["201"] |= sdp
-    return operation | {"description": f"The body is {media_type}."}
+        operation["responses"]["201"] |= {"content": _sdp(), "headers": _LOCATION}
+    return operation
 
 
 def _parameter(name: str, where: str, schema: Schema, description: str) -> Schema:
     return {"name": name, "in": where, "required": where == "path", "schema": schema, "description": description}
 
 
+_LOCATION: Schema = {"Location": {"schema": {"type": "string"}, "description": "where it is hung up"}}
 _NAME = _parameter("talk", "path", {"type": "string", "minLength": 1}, "a session, or the id of a conversation")
 _OF_USER = _parameter("user", "query", {"type": "string"}, "the user of the session")
 _SAY = _object(
@@ -138,6 +151,16 @@ _SAID["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": 
 _TALKS = _list("talks", _TALK)
 _TALKS["properties"]["calls"] = {"type": "boolean", "description": "whether there is a space through which calls go"}
 _TALKS["properties"]["transcribes"] = {"type": "boolean", "description": "whether a space writes down what is spoken"}
+
+_CALL = _parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")
+_REALTIME_CALL = _of_sdp(
+    "realtime_call", "Call by OpenAI's Realtime API", "application/sdp", 201, 400, error="OpenAiError"
+)
+_REALTIME_CALL["requestBody"]["content"]["multipart/form-data"] = {
+    "schema": _object(
+        ("sdp",), sdp={"type": "string"}, session={"type": "string", "description": "the session, as JSON"}
+    )
+}
 
 PATHS: Schema = {
     "/v1/talk/ice": {
@@ -203,8 +226,17 @@ PATHS: Schema = {
         "post": _of_sdp("whep", "Call a conversation by WHEP, to hear and see its replies", "application/sdp", 201),
     },
     "/v1/talks/{talk}/whep/{call}": {
-        "parameters": [_NAME, _parameter("call", "path", {"type": "string", "minLength": 1}, "as `Location` says")],
-        "patch": _of_sdp("trickle", "Bring candidates of ICE", "application/trickle-ice-sdpfrag", 204),
+        "parameters": [_NAME, _CALL],
+        "patch": _of_sdp("trickle", "Bring candidates of ICE", "application/trickle-ice-sdpfrag", 204, 412, 428)
+        | {"parameters": [_parameter("If-Match", "header", {"type": "string"}, "the ETag of the answer")]},
         "delete": _operation("hang_up", "Hang up", {200: None}, 404),
+    },
+    "/v1/realtime/calls": {
+        "parameters": [_parameter("model", "query", {"type": "string"}, "where the body is the offer alone")],
+        "post": _REALTIME_CALL,
+    },
+    "/v1/realtime/calls/{call}/hangup": {
+        "parameters": [_CALL],
+        "post": _operation("hang_up_realtime", "Hang up a Realtime call", {200: None}, 404, error="OpenAiError"),
     },
 }

@@ -38,7 +38,7 @@ def routes() -> list[BaseRoute]:
         Route(f"{one}/say", StreamingRoute(say), methods=["POST"]),
         Route(f"{one}/interrupt", interrupt, methods=["POST"]),
         Route(f"{one}/heard", note_played, methods=["POST"]),
-        Route(f"{one}/whep", call_by_whep, methods=["POST"]),
+        Route(f"{one}/whep", call_by_whep, methods=["POST", "OPTIONS"]),
         Route(f"{one}/whep/{{call}}", OneCall),
     ]
 

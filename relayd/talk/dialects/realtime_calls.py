@@ -92,7 +92,8 @@ async def call(http: Request) -> Response:
         settings = settings_of(context, talks, fields)
     except EventError as fault:
         raise invalid({fault.param or "session": fault.message}, status=400) from None
-    begun = or_refuse(talks.place.calls.open(principal, key_of(SESSION, secrets.token_hex(16)), offer))
+    calls, key = talks.place.calls, key_of(SESSION, secrets.token_hex(16))
+    begun = or_refuse(calls.open(principal, key, offer, listen=True))
     channel, talk = DataChannel.of(begun), or_refuse(talks.open_unkept(principal))
 
     def begin(nursery: trio.Nursery) -> RealtimeSession:

@@ -8,12 +8,10 @@ import attrs
 import trio
 from starlette.websockets import WebSocketDisconnect
 
-from protocol.wire.messages import Rejected
-from protocol.wire.validators import array_of, choice, integer, mapping, text
+from protocol.wire.validators import integer, mapping, text
 from relayd.auth.tokens import Principal
 from relayd.http.context import HttpContext
 from relayd.talk.call import Call
-from relayd.talk.conversation import played_content
 from relayd.talk.dialects.realtime_events import (
     REQUIRED,
     EventError,
@@ -24,18 +22,15 @@ from relayd.talk.dialects.realtime_events import (
     read_field,
     to_beta,
 )
-from relayd.talk.dialects.realtime_items import Items, parse_message, refusal_of, settle
+from relayd.talk.dialects.realtime_items import Items, parse_message, settle
 from relayd.talk.dialects.realtime_listening import changed_listening
-from relayd.talk.dialects.realtime_microphone import Microphone
+from relayd.talk.dialects.realtime_microphone import RealtimeMicrophone
 from relayd.talk.dialects.realtime_models import speech_params
-from relayd.talk.dialects.realtime_response import Response
-from relayd.talk.dialects.realtime_settings import AUDIO, TEXT, Settings, changed, metadata_of, session_json
+from relayd.talk.dialects.realtime_responses import Responses
+from relayd.talk.dialects.realtime_settings import AUDIO, TEXT, Settings, changed, session_json
+from relayd.talk.microphone import Microphone
 from relayd.talk.talks import Talk, Talks
 
-#: Responses that one session may have made at once, besides that of its conversation.
-MAX_ASIDE = 8
-#: Items that a response aside may be given.
-MAX_GIVEN = 200
 _id = text(2**20)
 
 
@@ -92,40 +87,34 @@ class RealtimeSession:
     session_id: str = attrs.field(factory=lambda: new_id("sess"))
     items: Items = attrs.field(init=False)
     settings: Settings = attrs.field(init=False)
+    responses: Responses = attrs.field(init=False)
     #: None if nothing is heard.
-    microphone: Microphone | None = None
-    #: Those that are being made; one at most is a part of the conversation.
-    _responses: list[Response] = attrs.field(factory=list)
+    microphone: RealtimeMicrophone | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.items = Items(self.talk)
+        place, made = self.talks.place, Responses(self)
+        self.items, self.responses = Items(self.talk), made
         self.settings = settings_of(self.context, self.talks, {})
-        if self.talks.place.settings.transcribe and self.call is None:
-            self.microphone = Microphone(
-                self.send,
-                self.talks.place,
-                self.principal,
-                self.talk,
-                self.items,
-                self._interrupt,
-                self._respond,
-                self.nursery,
-            )
+        if place.settings.transcribe if self.call is None else self.call.listens:
+            microphone = RealtimeMicrophone(self.send, self.talk, self.items, made.interrupt, made.respond)
+            microphone.heard = Microphone(place, self.principal, self.nursery, microphone.tell, self.call)
+            self.microphone = microphone
 
     async def serve(self) -> None:
         """Serve it until its client leaves, which interrupts its replies."""
         with suppress(WebSocketDisconnect):  # while something is sent
             await self._serve()
-        for response in self._responses:
-            response.abandon()
+        self.responses.abandon()
         if self.microphone is not None:
-            self.microphone.close()
+            self.microphone.heard.close()
 
     async def _serve(self) -> None:
         await self.send("session.created", session=self._json())
         for previous, item in self.items.restore():
             await self.send("conversation.item.added", previous_item_id=previous, item=item)
             await self.send("conversation.item.done", previous_item_id=previous, item=item)
+        if self.microphone is not None and self.call is not None:
+            self.nursery.start_soon(self.microphone.listen)
         async for message in self.carrier.messages():
             event: Json = {}
             try:
@@ -142,8 +131,14 @@ class RealtimeSession:
             await self.carrier.send(message)
 
     @property
-    def _has_speech(self) -> bool:
+    def has_speech(self) -> bool:
+        """Whether there is a space that speaks."""
         return bool(self.talks.place.settings.speech)
+
+    async def settled(self) -> None:
+        """Wait until what the user has said is a part of the conversation."""
+        if self.microphone is not None:
+            await self.microphone.settled()
 
     def _json(self) -> Json:
         instructions = self.settings.instructions
@@ -188,17 +183,17 @@ class RealtimeSession:
         fields = read_field(event, "session", mapping, REQUIRED)
         if fields.get("model", self.model) not in (self.model, self.space):
             raise EventError("unsupported", "the model of a session stays; connect again for another", "session.model")
-        settings = changed(self.settings, fields, "session.", has_speech=self._has_speech)
+        settings = changed(self.settings, fields, "session.", has_speech=self.has_speech)
         speech_params(self.context, self.talks, settings, "session.")
         if self.microphone is not None:
             listening = changed_listening(self.microphone.listening, fields, "session.")
-            await self.microphone.change(listening)
+            await self.microphone.heard.change(listening)
         self.settings = settings
         await self.send("session.updated", session=self._json())
 
     async def _create_item(self, event: Json) -> None:
         message = parse_message(read_field(event, "item", mapping, REQUIRED))
-        await self._settled()
+        await self.settled()
         previous = self.items.last_id
         item = self.items.json(await self.items.create(message, read_field(event, "previous_item_id", _id)))
         await self.send("conversation.item.added", previous_item_id=previous, item=item)
@@ -229,114 +224,12 @@ class RealtimeSession:
             await settle(self.talks)
         await self.send("conversation.item.truncated", item_id=item.item_id, content_index=0, audio_end_ms=end_ms)
 
-    async def _cancel(self, event: Json) -> None:
-        wanted = read_field(event, "response_id", _id)
-        for response in self._unfinished:
-            if response.response_id == wanted or (wanted is None and response.items is not None):
-                response.cancel()
-                await response.finished.wait()
-                return
-        raise EventError("response_cancel_not_active", "no such response is being made, so there is none to cancel")
-
-    # -- responses
-
-    @property
-    def _unfinished(self) -> list[Response]:
-        return [response for response in self._responses if not response.finished.is_set()]
-
-    async def _settled(self) -> None:
-        """Wait until what the user has said is a part of the conversation."""
-        if self.microphone is not None:
-            await self.microphone.settled()
-
-    async def _interrupt(self) -> None:
-        """End the response that is being made, because the user speaks."""
-        for response in self._unfinished:
-            if response.items is not None:
-                response.cancel("turn_detected")
-                await response.finished.wait()
-
-    async def _respond(self) -> None:
-        """Answer what the user has said, after what is being made."""
-        for response in self._unfinished:
-            if response.items is not None:
-                await response.finished.wait()
-        await self._create_response({"type": "response.create"})
-
     async def _ask_response(self, event: Json) -> None:
-        await self._settled()
-        await self._create_response(event)
+        await self.settled()
+        await self.responses.create(event)
 
-    async def _create_response(self, event: Json) -> None:
-        fields = read_field(event, "response", mapping, {})
-        is_aside = read_field(fields, "conversation", choice("auto", "none"), "auto", "response.") == "none"
-        given = read_field(fields, "input", array_of(mapping), None, "response.")
-        if given is not None and len(given) > MAX_GIVEN:
-            raise EventError("invalid_value", f"response.input may have {MAX_GIVEN} items", "response.input")
-        settings = changed(self.settings, fields, "response.", has_speech=self._has_speech)
-        metadata, params = metadata_of(fields), speech_params(self.context, self.talks, settings, "response.")
-        unfinished = self._unfinished
-        if is_aside and len(unfinished) > MAX_ASIDE:
-            raise EventError("rate_limit_exceeded", f"{len(unfinished)} responses are being made; wait for one of them")
-        if not is_aside and given is not None:
-            message = "response.input is only read with response.conversation 'none'"
-            raise EventError("unsupported", message, "response.input")
-        for other in unfinished:
-            if not is_aside and other.items is not None:
-                message = f"response {other.response_id} is being made; wait for its response.done, or cancel it"
-                raise EventError("conversation_already_has_active_response", message)
-        if (refused := self.talks.place.refuse_too_fast(self.principal)) is not None:
-            raise refusal_of(refused)
-        talk = await self._open_aside(given) if is_aside else self.talk
-        reply = talk.say(
-            None,
-            speak=settings.modality == AUDIO,
-            params=settings.language_params(self.context.relay.spaces[self.space].params.get("properties", {})),
-            speech_params=params,
-            instructions=settings.instructions,
-            space=self.space,
-            call=self.call,
-        )
-        if isinstance(reply, Rejected):
-            raise refusal_of(reply)
-        items = None if is_aside else self.items
-        response = Response(
-            self.send, talk, reply, settings, items, metadata, on_call=self.nursery if self.call else None
-        )
-        self._responses.append(response)
-        self.nursery.start_soon(self._follow, response)
-
-    async def _open_aside(self, given: list[Json] | None) -> Talk:
-        """Open a conversation for one response: with what is given, or else with all of this one."""
-        if given is None:
-            said = [(turn.role, played_content(turn)) for turn in self.talk.turns if turn.ended]
-        else:
-            said = [self._said(item, f"response.input[{index}].") for index, item in enumerate(given)]
-        talk = self.talks.open_unkept(self.principal)
-        if isinstance(talk, Rejected):
-            raise refusal_of(talk)
-        for role, content in said:
-            refused = await talk.add(role, content) if content else None
-            if isinstance(refused, Rejected):
-                raise refusal_of(refused)
-        return talk
-
-    def _said(self, item: Json, path: str) -> tuple[str, str]:
-        if item.get("type") == "item_reference":
-            return self.items.message_of(self.items.find({"type": "item.reference", "item_id": item.get("id")}))
-        message = parse_message(item, path)
-        return message.role, message.text
-
-    async def _follow(self, response: Response) -> None:
-        try:
-            await response.run()
-        except WebSocketDisconnect:  # whoever reads sees it, too, but perhaps later
-            response.abandon()
-        finally:
-            self._responses.remove(response)
-            if response.items is None:
-                await response.wait_played()
-                response.talk.session.close("its response has ended")
+    async def _cancel_response(self, event: Json) -> None:
+        await self.responses.cancel(read_field(event, "response_id", _id))
 
 
 _EVENTS: dict[str, Callable[[RealtimeSession, Json], Awaitable[None]]] = {
@@ -348,9 +241,9 @@ _EVENTS: dict[str, Callable[[RealtimeSession, Json], Awaitable[None]]] = {
     "input_audio_buffer.clear": RealtimeSession._clear_input,
     "output_audio_buffer.clear": RealtimeSession._clear_output,
     "response.create": RealtimeSession._ask_response,
-    "response.cancel": RealtimeSession._cancel,
+    "response.cancel": RealtimeSession._cancel_response,
 }
-_HEARING: dict[str, Callable[[Microphone, Json], Awaitable[None]]] = {
-    "input_audio_buffer.append": Microphone.append,
-    "input_audio_buffer.commit": Microphone.commit,
+_HEARING: dict[str, Callable[[RealtimeMicrophone, Json], Awaitable[None]]] = {
+    "input_audio_buffer.append": RealtimeMicrophone.append,
+    "input_audio_buffer.commit": RealtimeMicrophone.commit,
 }

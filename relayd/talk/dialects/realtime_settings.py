@@ -8,7 +8,8 @@ import attrs
 from protocol.wire.validators import Rule, Value, any_value, array_of, choice, integer, map_of, mapping, number, text
 from relayd.http.audio.encoder import MAX_SPEED, MIN_SPEED
 from relayd.talk.dialects.realtime_events import EventError, Json, read_field
-from relayd.talk.dialects.realtime_listening import FORMAT, MAX_NAME_CHARS, Listening, check_format, listening_json
+from relayd.talk.dialects.realtime_listening import FORMAT, MAX_NAME_CHARS, check_format, listening_json
+from relayd.talk.listening import Listening
 from relayd.talk.talks import MAX_INSTRUCTIONS_CHARS
 
 AUDIO, TEXT = "audio", "text"

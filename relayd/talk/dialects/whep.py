@@ -24,18 +24,23 @@ SDP, FRAGMENT = "application/sdp", "application/trickle-ice-sdpfrag"
 #: Candidates of one fragment that are passed on.
 MAX_CANDIDATES = 100
 _UFRAG = re.compile(r"^a=ice-ufrag:(\S+)", re.MULTILINE)
+_LINE = re.compile(r"[a-z]=.+")
 
 
 async def call_by_whep(http: Request) -> Response:
-    """Begin a call with an offer; it takes the place of the conversation's call before."""
+    """Begin a call with an offer, which takes the place of the conversation's call before; or say what is taken."""
+    if http.method == "OPTIONS":
+        return Response(headers={"Allow": "OPTIONS, POST", "Accept-Post": SDP})
     principal = principal_of(http)
     offer = await _sdp_of(http, SDP)
     links = ", ".join(_links(await servers_of(http)))
-    talk, calls = await open_named(http), talks_of(http).place.calls
-    call = or_refuse(calls.open(principal, talk.session.call_key, offer))
+    talk, talks = await open_named(http), talks_of(http)
+    calls = talks.place.calls
+    call = or_refuse(calls.open(principal, talk.session.call_key, offer, listen=True))
     call.hold(calls)  # its player says nothing over HTTP for as long as the call lasts
     headers = {"Content-Type": SDP} | ({"Link": links} if links else {})
     answer = or_refuse(await call.wait_answer())
+    talks.listen(talk, call)
     headers |= {"Location": f"/v1/talks/{talk.talk_id}/whep/{call.request_id}", "ETag": _etag(call)}
     return Response(answer, 201, headers=headers)
 
@@ -47,8 +52,14 @@ class OneCall(HTTPEndpoint):
         """Take candidates of the player (trickle ICE); an ICE restart is refused: begin another call instead."""
         call = _call_of(http)
         fragment = await _sdp_of(http, FRAGMENT)
-        if http.headers.get("if-match", _etag(call)) not in (_etag(call), "*"):
+        if (match := http.headers.get("if-match")) is None:
+            message = "send If-Match with the ETag of the answer: it says to which session of ICE candidates belong"
+            raise HttpError("precondition_required", message, status=428)
+        if not {_etag(call), "*"} & {each.strip() for each in match.split(",")}:
             raise HttpError("conflict", "If-Match names another session of ICE; begin another call", status=412)
+        if bad := next((line for line in fragment.splitlines() if line.strip() and not _LINE.match(line)), None):
+            message = f"this is no SDP fragment: {bad[:40]!r}; send candidates as RFC 8840 has them"
+            raise HttpError(ErrorCode.INVALID_PARAMS, message)
         known = set(_UFRAG.findall(call.offer))
         if set(_UFRAG.findall(fragment)) - known:
             message = "ICE cannot be restarted in a call: hang it up, and begin another one"
@@ -56,6 +67,10 @@ class OneCall(HTTPEndpoint):
         for candidate in candidates_of(fragment)[:MAX_CANDIDATES]:
             call.command(candidate=candidate)
         return Response(status_code=204)  # without an ETag, as the draft wants where ICE goes on as it was
+
+    async def options(self, http: Request) -> Response:
+        """Say what is taken here."""
+        return Response(headers={"Allow": "DELETE, OPTIONS, PATCH", "Accept-Patch": FRAGMENT})
 
     async def delete(self, http: Request) -> Response:
         """Hang up."""

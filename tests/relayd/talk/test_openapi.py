@@ -15,7 +15,7 @@ from schemathesis.core.result import Ok
 from starlette.routing import Route
 
 from relayd.http.requests_api.openapi import DOCUMENT
-from relayd.talk.dialects import own
+from relayd.talk.dialects import own, realtime_calls
 from relayd.talk.dialects.openapi import PATHS
 from tests.support.raw_http_client import visitor
 from tests.support.talking import stage
@@ -23,11 +23,12 @@ from tests.support.talking import stage
 #: Whether an id of a session is one, and a turn there, the document cannot know.
 LEFT_OUT = {"positive_data_acceptance"}
 EXAMPLES = 12
-GUIDE = (Path(__file__).parents[3] / "docs" / "talk.md").read_text()
+GUIDE = "".join((Path(__file__).parents[3] / "docs" / name).read_text() for name in ("talk.md", "realtime.md"))
 
 
 def test_every_route_is_described_and_in_the_guide() -> None:
-    served = {route.path.replace(":int}", "}") for route in own.routes() if isinstance(route, Route)}
+    routes = [*own.routes(), *realtime_calls.routes()]
+    served = {route.path.replace(":int}", "}") for route in routes if isinstance(route, Route)}
     assert served == PATHS.keys()
     for path, operations in PATHS.items():
         for method in operations.keys() - {"parameters"}:
@@ -56,6 +57,11 @@ async def test_conversations_are_as_the_document_says(
         with trio.fail_after(240):
             await trio.to_thread.run_sync(try_all, url, token, mode)
         await on.daemon.goes_on()
+
+
+@schemathesis.serializer("application/sdp", "application/trickle-ice-sdpfrag")
+def as_text(_context: Any, value: Any) -> bytes:
+    return str(value).encode(errors="replace")
 
 
 def try_all(url: str, token: str, mode: GenerationMode) -> None:

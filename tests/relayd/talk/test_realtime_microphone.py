@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from relayd.talk.dialects import realtime_microphone
+from relayd.talk import microphone as stretches
 from tests.relayd.talk.realtime_client import RealtimeClient, client_of, realtime
 from tests.support.relay import until
 from tests.support.talking import Listener, Stage
@@ -160,7 +160,7 @@ async def test_what_nobody_understands_is_no_item_and_is_not_answered(tmp_path: 
 async def test_an_engine_that_fails_costs_one_item_and_the_next_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime_microphone, "REST_S", 0.0)
+    monkeypatch.setattr(stretches, "REST_S", 0.0)
     async with microphone(tmp_path, "Hello.") as (_, client, listener):
         listener.fails_with = "input_mismatch"
         await speak(client, tone(0.5) + silence(0.7))
@@ -281,7 +281,7 @@ async def test_a_reply_that_is_not_to_be_interrupted_is_finished_first(tmp_path:
 async def test_a_long_session_is_many_requests_whose_times_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime_microphone, "STRETCH_S", 1.0)
+    monkeypatch.setattr(stretches, "STRETCH_S", 1.0)
     texts = ["One.", "Two.", "Three."]
     async with microphone(tmp_path, *texts) as (_, client, listener):
         await client.say("session.update", session={"audio": {"input": {"turn_detection": {"create_response": False}}}})
@@ -370,7 +370,7 @@ async def test_a_client_that_is_silent_for_long_is_heard_again(tmp_path: Path) -
 
 @pytest.mark.trio
 async def test_a_microphone_that_is_muted_gives_back_its_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(realtime_microphone, "MUTED_S", 0.3)
+    monkeypatch.setattr(stretches, "MUTED_S", 0.3)
     async with microphone(tmp_path, "One.", "Two.") as (on, client, listener):
         await client.say("session.update", session={"audio": {"input": {"turn_detection": {"create_response": False}}}})
         for text in ("One.", "Two."):
@@ -384,7 +384,7 @@ async def test_a_microphone_that_is_muted_gives_back_its_slot(tmp_path: Path, mo
 async def test_who_is_muted_in_mid_speech_has_said_what_was_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(realtime_microphone, "MUTED_SPEECH_S", 0.3)
+    monkeypatch.setattr(stretches, "MUTED_SPEECH_S", 0.3)
     async with microphone(tmp_path, "Half of it.") as (_, client, _listener):
         await speak(client, tone(0.5))
         assert (await client.done())["status"] == "completed"

@@ -9,7 +9,7 @@ import pytest
 
 from relayd.talk.dialects.whep import candidates_of
 from tests.relayd.http.sample_handlers import make_token
-from tests.support.calling import CALLS, OFFER, Gateway, gateway
+from tests.support.calling import CALLS, OFFER, SPEAKS, Gateway, gateway, silence, tone
 from tests.support.raw_http_client import Answer, Visitor, visitor
 from tests.support.talking import Stage, speech_of, stage
 from tests.support.until import until
@@ -25,6 +25,7 @@ a=mid:1\r
 a=candidate:2 1 udp 2122260222 192.0.2.5 54322 typ host\r
 a=end-of-candidates\r
 """
+SPACES = CALLS | {"stt": {}}
 WITH_UFRAG = OFFER + "a=ice-ufrag:abcd\r\n"
 
 
@@ -32,7 +33,7 @@ WITH_UFRAG = OFFER + "a=ice-ufrag:abcd\r\n"
 async def player(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Stage, Gateway, Visitor]]:
     """A daemon with a language model, a voice and a gateway, and a conversation `s1` to call."""
     talk = {"calls": "calls"} | options.pop("talk", {})
-    async with stage(tmp_path, listen="127.0.0.1:0", talk=talk, spaces=CALLS, **options) as on:
+    async with stage(tmp_path, listen="127.0.0.1:0", talk=talk, spaces=SPACES, **options) as on:
         await on.writer()
         await on.speaker()
         calls = await gateway(on)
@@ -111,9 +112,27 @@ async def test_candidates_are_passed_on(tmp_path: Path) -> None:
         assert await patch(LINES, **{"if-match": etag}) == 204
         await until(lambda: len(calls.commands) == 2)
         assert calls.commands == [{"candidate": candidate} for candidate in candidates_of(LINES)]
+        assert await patch(LINES, **{"if-match": f'"another", {etag}'}) == 204
         assert await patch(LINES, **{"if-match": '"another"'}) == 412
+        assert await patch(LINES) == 428
+        assert await patch("candidates, please", **{"if-match": etag}) == 422
         assert await patch(LINES.replace("abcd", "efgh"), **{"if-match": "*"}) == 422, "an ICE restart"
         assert (await http.ask("PATCH", where, body=b"{}", headers=SDP)).status == 415
+
+
+@pytest.mark.trio
+async def test_it_is_said_what_is_taken_and_other_methods_are_not_allowed(tmp_path: Path) -> None:
+    async with player(tmp_path) as (_on, calls, http):
+        where = (await call(http)).headers["location"]
+        for path, header, taken in (
+            ("/v1/talks/s1/whep", "accept-post", SDP),
+            (where, "accept-patch", FRAGMENT),
+        ):
+            told = await http.ask("OPTIONS", path)
+            assert (told.status, told.headers[header]) == (200, taken["content-type"])
+            for method in ("GET", "PUT"):
+                assert (await http.ask(method, path)).status == 405
+        assert len(calls.peers) == 1
 
 
 def test_candidates_are_told_as_browsers_tell_them() -> None:
@@ -143,3 +162,32 @@ async def test_without_a_space_for_calls_it_is_said_who_can_name_one(tmp_path: P
         assert (answer.status, answer.error["code"]) == (404, "space_not_found")
         assert "[talk] calls" in answer.error["message"]
         assert (await http.get("/v1/talks")).json["calls"] is False
+
+
+@pytest.mark.trio
+async def test_what_is_said_on_the_call_is_said_in_the_conversation_and_interrupts(tmp_path: Path) -> None:
+    async with player(tmp_path, talk={"transcribe": "stt"}) as (on, calls, http):
+        await on.listener("Hello.", "Stop.")
+        calls.stops_at = 95
+        assert (await call(http, SPEAKS)).status == 201
+        calls.speak(tone(0.5) + silence(0.7))
+        (peer,) = calls.peers
+        await until(lambda: len(calls.heard[peer]) == 2 * 95)
+        calls.stops_at = None
+        calls.speak(tone(0.5))
+        talk = await on.open("s1")
+        await until(lambda: talk.turns[1].heard_chars is not None)
+        calls.speak(silence(0.7))
+        await until(lambda: [turn.state for turn in talk.turns] == ["done"] * 4)
+        assert [turn.content[: turn.heard_chars] for turn in talk.turns] == [
+            "Hello.", "You said:", "Stop.", "You said: Stop..",
+        ]  # fmt: skip
+
+
+@pytest.mark.trio
+async def test_a_player_without_a_microphone_is_not_listened_to(tmp_path: Path) -> None:
+    async with player(tmp_path, talk={"transcribe": "stt"}) as (_on, calls, http):
+        for offer in (OFFER, SPEAKS.replace("a=sendrecv", "a=recvonly")):
+            assert (await call(http, offer)).status == 201
+            (peer,) = calls.peers
+            assert "microphone" not in calls.peers[peer].assign.params
