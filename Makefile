@@ -53,7 +53,7 @@ test-min: | $(BIN)/python ## client, worker and the relay's HTTP with the oldest
 	$(MIN_PIP) -c constraints.txt $(MIN_TOOLS)
 	$(MIN_PIP) -c constraints-min.txt -e .
 	$(MIN_PYTEST) tests/protocol tests/gpuworker tests/bench/test_commands.py tests/relayd/cli/test_extra.py \
-	  --ignore tests/gpuworker/engines/voxcpm $(addprefix --ignore tests/,protocol/test_protocol_doc.py gpuworker/engines/test_indextts2.py gpuworker/engines/test_face.py gpuworker/engines/test_musetalk.py gpuworker/engines/chat gpuworker/engines/openai gpuworker/engines/test_whisper.py gpuworker/engines/webrtc protocol/commands/test_mp3_writer.py)
+	  --ignore tests/gpuworker/engines/voxcpm $(addprefix --ignore tests/,protocol/test_protocol_doc.py gpuworker/engines/test_indextts2.py gpuworker/engines/test_face.py gpuworker/engines/test_musetalk.py gpuworker/engines/chat gpuworker/engines/openai gpuworker/engines/test_whisper.py gpuworker/engines/webrtc protocol/commands/test_encoded_files.py)
 	$(MIN_PIP) -c constraints-min.txt -e '.[relay]'
 	$(MIN_PYTEST) tests/relayd/logs tests/relayd/http \
 	  $(addprefix --ignore tests/relayd/http/,audio openai test_prometheus.py requests_api/test_openapi.py)

@@ -1,22 +1,27 @@
-"""Writes audio to a file as it arrives: a WAV that is valid at every moment, mp3, or raw PCM if it cannot seek."""
+"""Writes audio to a file as it arrives: a WAV that is valid at every moment, encoded, or raw PCM if it cannot seek."""
 
 import os
 import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from protocol.commands.mp3_encoder import Mp3Encoder
+from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
+
+if TYPE_CHECKING:
+    from protocol.audio.encoder import Encoder
 
 #: RIFF stores sizes in 32 bits; its own size includes 36 bytes of header.
 MAX_DATA_BYTES = 0xFFFF_FFFF - 36
 HEADER_BYTES = 44
 #: Names of files that get the samples alone.
 RAW_SUFFIXES = frozenset({".pcm", ".raw", ".s16", ".s16le"})
+#: Names of files that are encoded, and the coding (`protocol.audio.encoder.CODINGS`) of each.
+ENCODED = {".mp3": "mp3", ".opus": "opus", ".ogg": "opus", ".oga": "opus", ".flac": "flac", ".aac": "aac"}
 #: Names that promise a kind of audio that is not made here; any other name gets a WAV.
-_OTHER = """.3gp .aac .ac3 .aif .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp4 .mpga .oga .ogg .opus
+_OTHER = """.3gp .ac3 .aif .aiff .amr .ape .au .caf .m4a .m4b .mka .mkv .mov .mp2 .mp4 .mpga
 .snd .spx .weba .webm .wma .wv"""
 OTHER_SUFFIXES = frozenset(_OTHER.split())
 
@@ -50,23 +55,33 @@ def check_audio_name(path: str | Path) -> None:
     suffix = Path(path).suffix.lower()
     if suffix in OTHER_SUFFIXES:
         raise ValueError(
-            f"{path}: audio is written as .wav, .mp3 or .pcm; give such a name, "
+            f"{path}: audio is written as .wav, .mp3, .opus, .flac, .aac or .pcm; give such a name, "
             f"then make {suffix} of it: ffmpeg -i FILE.wav FILE{suffix}"
         )
-    if suffix == ".mp3":
-        try:
-            import lameenc  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                f"{path}: mp3 takes the package lameenc (pip install lameenc); a name that ends in .wav goes without"
-            ) from None
+    if suffix in ENCODED:
+        # A rate that every coding but mp3 and FLAC has to convert, so that what converts is looked for, too.
+        _open_encoder(path, AudioFormat(sample_rate=22_051))
+
+
+def _open_encoder(path: str | Path, audio_format: AudioFormat) -> "Encoder":
+    from protocol.audio.encoder import AudioExtraMissing, open_encoder  # a WAV goes without
+
+    suffix = Path(path).suffix.lower()
+    try:
+        return open_encoder(ENCODED[suffix], audio_format)
+    except AudioExtraMissing:
+        if suffix == ".mp3":
+            what = "mp3 takes the package lameenc (pip install lameenc)"
+        else:
+            what = f"{suffix} takes the packages of the extra [audio] ({install_command('audio')})"
+        raise ValueError(f"{path}: {what}; a name that ends in .wav goes without") from None
 
 
 class AudioWriter:
     """Writes the audio of one request to a path or an open file.
 
-    The name of a file says what it becomes: `.mp3` is mp3 (by the package lameenc), `.pcm` and `.raw` are the samples
-    alone, and any other is a WAV, but for those of kinds that are not made here. Of a WAV, a write appends the samples
+    The name of a file says what it becomes: those in `ENCODED` are encoded, `.pcm` and `.raw` are the samples alone,
+    and any other is a WAV, but for those of kinds that are not made here. Of a WAV, a write appends the samples
     first and updates the header after, so a program killed between the two leaves a WAV that is shorter by one write,
     never one that claims more than it contains. An output that cannot seek (a pipe, a terminal) gets raw PCM.
 
@@ -101,8 +116,8 @@ class AudioWriter:
         # A file opened by somebody else may contain more than ours (`>> log`): only a path becomes a WAV.
         self.is_file = self._owned and stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._suffix = self._path.suffix.lower() if self._path is not None and self.is_file else ""
-        self.is_wav = self.is_file and self._suffix not in {".mp3", *RAW_SUFFIXES}
-        self._mp3: Mp3Encoder | None = None
+        self.is_wav = self.is_file and self._suffix not in {*ENCODED, *RAW_SUFFIXES}
+        self._encoder: Encoder | None = None
 
     @property
     def seconds(self) -> float:
@@ -124,7 +139,8 @@ class AudioWriter:
             os.lseek(self._fd, 0, os.SEEK_SET)
         if self.is_wav:
             self._write_all(wav_header(audio_format, 0))
-        self._mp3 = Mp3Encoder(audio_format) if self._suffix == ".mp3" else None
+        if self._path is not None and self._suffix in ENCODED:
+            self._encoder = _open_encoder(self._path, audio_format)
 
     def write(self, pcm: bytes) -> None:
         """Append whole samples.
@@ -140,7 +156,7 @@ class AudioWriter:
             return
         if self.is_wav and self.data_bytes + len(pcm) > MAX_DATA_BYTES:
             raise ValueError("a WAV file holds at most 4 GiB")
-        self._write_all(pcm if self._mp3 is None else self._mp3.feed(pcm))
+        self._write_all(pcm if self._encoder is None else self._encoder.feed(pcm))
         self.data_bytes += len(pcm)
         if self.is_wav:
             os.pwrite(self._fd, wav_header(self.format, self.data_bytes), 0)
@@ -171,9 +187,11 @@ class AudioWriter:
         """Close the file; does nothing if it is closed."""
         if not self._owned or self._fd < 0:
             return
-        if self._mp3 is not None:
+        if self._encoder is not None:
             with suppress(OSError):  # the write before has already reported a full disk
-                self._write_all(self._mp3.finish())
+                self._write_all(self._encoder.finish())
+                for at, data in self._encoder.patches:
+                    os.pwrite(self._fd, data, at)
         if self.is_wav and self.format is not None and os.fstat(self._fd).st_size > HEADER_BYTES + self.data_bytes:
             os.ftruncate(self._fd, HEADER_BYTES + self.data_bytes)  # drop the rest of a write that failed halfway
         os.close(self._fd)

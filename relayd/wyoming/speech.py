@@ -5,12 +5,12 @@ import secrets
 import attrs
 import trio
 
+from protocol.audio.encoder import CODINGS
 from protocol.speakable import speakable
 from protocol.wire.messages import Submit
 from protocol.wire.structs import AudioFormat, InputInfo
 from protocol.wire.validators import Value
 from relayd.core.space import Space
-from relayd.http.audio.encoder import CODINGS
 from relayd.http.live_feed import Feeder, open_feeder
 from relayd.http.media_stream import open_audio
 from relayd.http.openai.speech_request import MAX_INPUT_CHARS, Speech, params_of

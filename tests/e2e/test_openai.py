@@ -10,8 +10,8 @@ import openai
 import pytest
 import trio
 
+from protocol.audio.encoder import CODINGS
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.encoder import CODINGS
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness
 from tests.support.processes import Place, Proc, a_place, a_relay, a_worker
 

@@ -11,8 +11,8 @@ import numpy as np
 from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
+from protocol.audio.encoder import PCM
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.encoder import PCM
 
 Samples = NDArray[np.float64]
 #: Length of the windows in which energy is measured; codecs add up to 70 ms of silence at the start.

@@ -10,8 +10,8 @@ import os
 import attrs
 import trio
 
+from protocol.audio.encoder import PCM, Encoder, check_encoder, open_encoder
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.encoder import PCM, Encoder, check_encoder, open_encoder
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("audio encoders")
 

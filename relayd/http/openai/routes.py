@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from protocol.audio.encoder import PCM, AudioExtraMissing
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import Submit
 from protocol.wire.structs import InputInfo
@@ -23,7 +24,6 @@ from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
 from relayd.core.space import Space
 from relayd.http.audio.encoded_results import EncodedAudio
-from relayd.http.audio.encoder import PCM, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import Transcoder, check_coding, open_transcoder
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import open_uploads, read_all

@@ -10,12 +10,12 @@ from typing import Any
 
 import attrs
 
+from protocol.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from protocol.speakable import speakable
 from protocol.wire.structs import AudioFormat
 from protocol.wire.validators import Rule, Value, boolean, choice, kind_of, number, text
 from relayd.config.schema import MIB, OpenAi
 from relayd.core.space import Space
-from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED, Coding
 from relayd.http.openai.extra_fields import check_text, read_extra
 from relayd.http.openai.json_body import MAX_NAME_CHARS, invalid, read_fields
 

@@ -8,10 +8,10 @@ import attrs
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from protocol.audio.encoder import CODINGS, AudioExtraMissing
 from protocol.commands.wav_writer import HEADER_BYTES, MAX_DATA_BYTES, wav_header
 from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from relayd.http.authentication import principal_of
 from relayd.http.context import context_of

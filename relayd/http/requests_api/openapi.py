@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
+from protocol.audio.encoder import CODINGS
 from protocol.wire.ivf import IVF
 from protocol.wire.messages import ENDED_STATES, LIVE_STATES, RETRY_POLICIES
 from protocol.wire.structs import ID_PATTERN
-from relayd.http.audio.encoder import CODINGS
 from relayd.http.requests_api.openapi_others import CHAT, OPENAI_ERROR, OTHER_PATHS, SPEECH, TRANSCRIPTION
 from relayd.views.rows import VERSION
 

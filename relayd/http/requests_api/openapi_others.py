@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from protocol.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED
 from relayd.auth.users import MAX_PASSWORD_CHARS
-from relayd.http.audio.encoder import CODINGS, MAX_SPEED, MIN_SPEED
 from relayd.http.openai.chat_request import HINTS, MAX_MESSAGES, MAX_STOPS, ROLES
 from relayd.http.openai.json_body import MAX_NAME_CHARS
 from relayd.http.openai.speech_request import MAX_INPUT_CHARS

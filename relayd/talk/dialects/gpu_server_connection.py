@@ -8,10 +8,10 @@ import attrs
 import structlog
 import trio
 
+from protocol.audio.encoder import AudioExtraMissing
 from protocol.wire.messages import Rejected
 from relayd.auth.tokens import Principal
 from relayd.http.audio.encoded_results import EncodedResults
-from relayd.http.audio.encoder import AudioExtraMissing
 from relayd.talk.call import Call
 from relayd.talk.calls import USER, key_of
 from relayd.talk.dialects.gpu_server_fields import (

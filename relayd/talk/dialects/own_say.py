@@ -8,10 +8,10 @@ import trio
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from protocol.audio.encoder import AudioExtraMissing
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Rule, boolean, mapping, optional, text
 from relayd.http.audio.encoded_results import EncodedAudio
-from relayd.http.audio.encoder import AudioExtraMissing
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import MAX_FIELDS_BYTES
 from relayd.http.context import context_of, exchange_of

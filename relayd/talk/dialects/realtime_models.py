@@ -1,9 +1,9 @@
 """What the names of a Realtime client stand for: the model, a space that writes replies, and voices of the other."""
 
+from protocol.audio.encoder import CODINGS
 from protocol.wire.errors import ErrorCode
 from protocol.wire.validators import Value
 from relayd.auth.tokens import Principal
-from relayd.http.audio.encoder import CODINGS
 from relayd.http.context import HttpContext
 from relayd.http.errors import HttpError
 from relayd.http.openai.models import space_of

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import attrs
 import trio
 
+from protocol.audio.encoder import PCM, AudioExtraMissing
 from protocol.wire.errors import ErrorCode
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.encoder import PCM, AudioExtraMissing
 from relayd.http.audio.threaded_encoder import Transcoder, open_transcoder
 from relayd.http.errors import STATUS
 from relayd.talk.conversation import TurnState

@@ -5,8 +5,8 @@ from typing import Any
 
 import attrs
 
+from protocol.audio.encoder import MAX_SPEED, MIN_SPEED
 from protocol.wire.validators import Rule, Value, any_value, array_of, choice, integer, map_of, mapping, number, text
-from relayd.http.audio.encoder import MAX_SPEED, MIN_SPEED
 from relayd.talk.dialects.realtime_events import EventError, Json, read_field
 from relayd.talk.dialects.realtime_listening import FORMAT, MAX_NAME_CHARS, check_format, listening_json
 from relayd.talk.listening import Listening

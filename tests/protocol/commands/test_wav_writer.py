@@ -216,13 +216,13 @@ def test_a_name_of_raw_samples_gets_the_samples_alone(tmp_path: Path, name: str)
     assert (tmp_path / name).read_bytes() == b"\1\0" * 100
 
 
-@pytest.mark.parametrize("suffix", [".flac", ".ogg", ".opus", ".m4a", ".AAC", ".webm"])
+@pytest.mark.parametrize("suffix", [".m4a", ".MKV", ".webm"])
 def test_a_name_of_another_kind_of_audio_is_refused_and_the_file_kept(tmp_path: Path, suffix: str) -> None:
     old, new = tmp_path / f"old{suffix}", tmp_path / f"new{suffix}"
     old.write_bytes(b"what was there")
     for path in (old, new):
         writer = AudioWriter(path)
-        with pytest.raises(ValueError, match=r"audio is written as \.wav, \.mp3 or \.pcm"):
+        with pytest.raises(ValueError, match=r"audio is written as \.wav, \.mp3, \.opus, \.flac, \.aac or \.pcm"):
             writer.begin(MONO)
         writer.close()
     assert old.read_bytes() == b"what was there"

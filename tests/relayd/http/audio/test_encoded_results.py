@@ -8,9 +8,9 @@ import pytest
 import soundfile
 import trio
 
+from protocol.audio.encoder import CODINGS
 from protocol.wire.frames import Completed
 from relayd.http.audio.encoded_results import EncodedResults
-from relayd.http.audio.encoder import CODINGS
 from relayd.http.errors import HttpError
 from tests.relayd.http.requests_api.answers import ALL, PCM, POST, one
 from tests.support.audio_compare import decoded

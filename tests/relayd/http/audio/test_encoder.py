@@ -14,8 +14,7 @@ import pytest
 import soundfile
 import trio
 
-from protocol.wire.structs import AudioFormat
-from relayd.http.audio.encoder import (
+from protocol.audio.encoder import (
     CODINGS,
     PCM,
     AudioExtraMissing,
@@ -23,6 +22,7 @@ from relayd.http.audio.encoder import (
     check_encoder,
     open_encoder,
 )
+from protocol.wire.structs import AudioFormat
 from relayd.http.audio.threaded_encoder import check_coding, open_transcoder
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
 
@@ -184,7 +184,7 @@ def _without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     for name in ("codecs", "resampler", "time_stretch", "samples"):
-        monkeypatch.delitem(sys.modules, f"relayd.http.audio.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"protocol.audio.{name}", raising=False)
 
 
 @pytest.mark.usefixtures("_without_the_extra")

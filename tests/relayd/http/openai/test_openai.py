@@ -14,12 +14,12 @@ import pytest
 import trio
 
 from protocol import open_relay
+from protocol.audio.encoder import CODINGS, AudioExtraMissing
 from protocol.wire.frames import Audio, Completed, Failed, Started
 from protocol.wire.messages import Assign, Cancel, Input
 from protocol.wire.structs import AudioFormat, InputRule
 from relayd.core.workers import Workers
 from relayd.http.audio.encoded_results import MAX_SENDING_BYTES
-from relayd.http.audio.encoder import CODINGS, AudioExtraMissing
 from tests.support.audio_compare import decoded, energy_likeness, of_pcm, spectral_likeness, speech_like
 from tests.support.fake_worker import FORMAT, SCHEMA, FakeWorker, fake_worker, identity
 from tests.support.relay import Daemon, a_submit, daemon, kept_logs, peer, until

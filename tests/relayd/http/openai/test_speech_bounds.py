@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from protocol.audio.encoder import CODINGS
 from protocol.wire.structs import AudioFormat
 from relayd.config.schema import SpaceConfig
 from relayd.core.space import Space
-from relayd.http.audio.encoder import CODINGS
 from relayd.http.errors import HttpError
 from relayd.http.openai.json_body import MAX_BODY_VALUES
 from relayd.http.openai.speech_request import (

@@ -11,8 +11,8 @@ import attrs
 import av
 from av.audio.stream import AudioStream
 
+from protocol.audio.samples import samples_frame
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.samples import samples_frame
 
 #: Output buffer of the muxer; `flush_packets` empties it after every packet.
 BUFFER_BYTES = 4096

@@ -6,8 +6,8 @@ import av
 from av.audio.frame import AudioFrame
 from av.filter import Graph
 
+from protocol.audio.samples import samples_frame
 from protocol.wire.structs import AudioFormat
-from relayd.http.audio.samples import samples_frame
 
 #: Range of one `atempo` filter: lower factors are not allowed, and above 2 it skips samples instead of blending them
 #: (FFmpeg's documentation of the filter). Other speeds use two filters in a row.

@@ -1,4 +1,4 @@
-"""Streaming audio encoders, from a worker's `pcm_s16le` to the formats that HTTP clients can ask for.
+"""Streaming audio encoders, from a worker's `pcm_s16le` to the formats that clients can ask for.
 
 An encoder is a chain of stages, each `feed(bytes) -> bytes` and at the end `finish() -> bytes`: time stretch, downmix,
 resampler, codec. A stage returns output as early as it can. Stages block and know no threads or event loop: they need
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import attrs
 
-from protocol.commands.mp3_encoder import Mp3Encoder
+from protocol.audio.mp3_encoder import Mp3Encoder
 from protocol.commands.wav_writer import MAX_DATA_BYTES, wav_header
 from protocol.install_hint import install_command
 from protocol.wire.structs import AudioFormat
@@ -94,10 +94,14 @@ class Encoder:
 
     def with_sizes(self, body: bytearray) -> bytes:
         """Return the complete output with the sizes in its header, which a stream cannot have; changes `body`."""
-        for stage in self.stages[-1:]:
-            for at, data in getattr(stage, "patches", ()):
-                body[at : at + len(data)] = data
+        for at, data in self.patches:
+            body[at : at + len(data)] = data
         return bytes(body)
+
+    @property
+    def patches(self) -> Sequence[tuple[int, bytes]]:
+        """See `Stage`; there are none before `finish`."""
+        return getattr(self.stages[-1], "patches", ()) if self.stages else ()
 
 
 @attrs.define(eq=False)
@@ -153,7 +157,7 @@ def _mp3(source: AudioFormat) -> list[Stage]:
 def _by_codec(name: str) -> Callable[[AudioFormat], list[Stage]]:
     def make(source: AudioFormat) -> list[Stage]:
         try:
-            from relayd.http.audio.codecs import RECIPES, Codec
+            from protocol.audio.codecs import RECIPES, Codec
         except ImportError:
             raise AudioExtraMissing(name) from None
         recipe = RECIPES[name]
@@ -168,7 +172,7 @@ def _converted(source: AudioFormat, wanted: AudioFormat) -> list[Stage]:
     if source == wanted:
         return []
     try:
-        from relayd.http.audio.resampler import Downmix, Resampler
+        from protocol.audio.resampler import Downmix, Resampler
     except ImportError:
         have = f"{source.sample_rate} Hz with {source.channels} channel{'s' * (source.channels > 1)}"
         raise AudioExtraMissing(f"pcm, which is {wanted.sample_rate} Hz mono, from a worker's {have}") from None
@@ -229,7 +233,7 @@ def open_encoder(name: str, source: AudioFormat, speed: float = 1.0) -> Encoder:
     stages: list[Stage] = []
     if speed != 1:
         try:
-            from relayd.http.audio.time_stretch import TimeStretch
+            from protocol.audio.time_stretch import TimeStretch
         except ImportError:
             raise AudioExtraMissing(f"speech at speed {speed:g}") from None
         stages.append(TimeStretch(source, speed))

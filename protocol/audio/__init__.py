@@ -1,0 +1,1 @@
+"""Encoders of audio, which the relay and the command `relay` share."""
