@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from protocol.arguments import CommandParser, ShowVersion
+from protocol.arguments import CommandParser, ShowVersion, fault_line
 from protocol.commands.exit_codes import DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             code: int = args.command(args)
         except ConfigError as fault:
-            print(f"gpuworker: {fault}", file=sys.stderr)
+            line = fault_line("gpuworker", str(fault), "usage", as_json=getattr(args, "json", False))
+            print(line, file=sys.stderr)
             code = USAGE
     except KeyboardInterrupt:
         code = INTERRUPTED

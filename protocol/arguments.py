@@ -1,8 +1,12 @@
 """The base classes of the command-line parsers of `relay`, `relayd`, `gpuworker` and `relay-tui`."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+#: Wrong usage, as in `protocol.commands.exit_codes`, which imports more than a parser needs.
+USAGE = 2
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -17,14 +21,60 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, arguments: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._late = arguments
+        self._as_json = False
 
     # The signature is that of typeshed's overloads; argparse itself calls it for a command's parser.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like `ArgumentParser.parse_known_args`."""
+        self._as_json = "--json" in (sys.argv[1:] if args is None else args)
         if self._late is not None:
             self._late(self)
             self._late = None
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Report wrong usage as `ArgumentParser.error` does, and with `--json` as JSON."""
+        if self._as_json:
+            self.exit(USAGE, f"{fault_line(self.prog, message, 'usage', as_json=True)}\n")
+        super().error(message)
+
+
+def fault_line(
+    program: str, message: str, code: str, details: Mapping[str, Any] | None = None, *, as_json: bool
+) -> str:
+    """An error as the programs print it on standard error: a sentence, or with `--json` an object on a line.
+
+    Args:
+        program: begins the sentence.
+        message: what is wrong and what to do, made `printable`.
+        code: of the wire, or `usage` or `cannot_connect`.
+        details: field -> what is wrong with it.
+        as_json: whether `--json` was given.
+    """
+    if not as_json:
+        return f"{program}: {message}"
+    from protocol.printable import printable_json  # only now: a parser seldom fails
+
+    return printable_json({"error": {"code": code, "message": message, "details": dict(details or {})}}, str)
+
+
+def add_filters(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the options that choose what a listing shows: those named of `space`, `state`, `principal`; and `limit`."""
+    summaries = {
+        "space": ("PATTERN", "only what is of this space, as tts or tts-*; repeatable"),
+        "state": ("STATE", "only what is in this state; repeatable"),
+        "principal": ("NAME", "only what is of this principal; repeatable"),
+    }
+    for name in names:
+        metavar, summary = summaries[name]
+        parser.add_argument(f"--{name}", action="append", metavar=metavar, help=summary)
+    parser.add_argument("--limit", type=_at_least_1, metavar="N", help="show at most N")
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 class ShowVersion(argparse.Action):

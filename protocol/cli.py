@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion
+from protocol.arguments import CommandParser, ShowVersion, add_filters
 from protocol.commands.exit_codes import (
     CANNOT_CONNECT,
     FAILED,
     INTERRUPTED,
     PIPE_CLOSED,
     USAGE,
+    Told,
     open_closed_streams,
     silence_stdout,
 )
@@ -55,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     say = add("say", "Speak a text and write the speech to a file as it arrives.", [output], _add_submit_options)
     say.add_argument(
         "text",
+        nargs="+",
         metavar="TEXT",
-        help="text to speak; - reads it from standard input, and speaks while it is written where the space can",
+        help="text to speak, in one or more words; - reads it from standard input, and speaks while it is written "
+        "where the space can",
     )
     say.add_argument("--space", default="tts", help="space to submit to (default: %(default)s)")
     talk = add("talk", "Talk: each line is answered, in a conversation that the relay keeps.")
@@ -69,13 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     submit = add("submit", "Submit any request; outputs are printed as JSON lines.", [output], _add_submit_options)
     submit.add_argument("--space", required=True, help="space to submit to")
     attach = add("attach", "Follow a request that was submitted before.", [output])
-    _add_id(attach)
+    attach.add_argument("request_id", metavar="ID", help="the request's id, or its beginning")
     attach.add_argument("--after-seq", type=int, default=-1, metavar="N", help="skip the frames up to number N")
-    _add_id(add("status", "Show the state of a request."))
-    cancel = add("cancel", "Cancel a request.")
-    _add_id(cancel)
+    _add_ids(add("status", "Show the state of requests."))
+    cancel = add("cancel", "Cancel requests.")
+    _add_ids(cancel)
     cancel.add_argument("--reason", default="", help="reason, reported with the end of the request")
-    add("spaces", "List the spaces.")
+    requests = add("requests", "List your requests, the latest first; as an operator those of all.")
+    add_filters(requests, "space", "state", "principal")
+    add_filters(add("spaces", "List the spaces."), "space", "state")
+    show = add("show", "Show what a space makes and takes: its params with their ranges, and its inputs.")
+    show.add_argument("space", metavar="SPACE", help="name of the space")
+    voices = add("voices", "List the voices of a space.")
+    voices.add_argument("space", metavar="SPACE", help="name of the space")
     watch = add("watch", "Follow everything that happens (for operators).")
     watch.add_argument(
         "topics",
@@ -93,7 +102,9 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument(
         "--role", choices=("client", "operator"), help="role to log in with (default: client; watch: operator)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON; for a request, one line for each message")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, errors included; for a request, one line for each message"
+    )
     parser.add_argument("--quiet", "-q", action="store_true", help="show errors only, no progress")
     return parser
 
@@ -104,9 +115,9 @@ def _output() -> argparse.ArgumentParser:
         "--output",
         "-o",
         metavar="FILE",
-        help="write audio to this file, by its suffix as WAV, .mp3 or .pcm, video as .ivf, or binary output as it is; "
-        "- writes raw PCM, or IVF, to standard output (default: SPACE-ID.wav or .ivf in this directory, created when "
-        "it arrives)",
+        help="write audio to this file, by its suffix as WAV, .mp3, .pcm, or with the extra [audio] .opus, .flac or "
+        ".aac, video as .ivf, or binary output as it is; - writes raw PCM, or IVF, to standard output (default: "
+        "SPACE-ID.wav or .ivf in this directory, created when it arrives)",
     )
     return parser
 
@@ -162,8 +173,8 @@ def _add_submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", action="store_true", help="print the request's id and do not wait for the result")
 
 
-def _add_id(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("request_id", metavar="ID", help="the request's id")
+def _add_ids(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("request_ids", nargs="+", metavar="ID", help="ids of requests, or their beginnings")
 
 
 def _pair(argument: str) -> tuple[str, str]:
@@ -181,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_closed_streams()
     args = _parser().parse_args(argv)
-    progress = Progress(sys.stderr, quiet=args.quiet)
+    progress = Progress(sys.stderr, quiet=args.quiet, as_json=args.json)
     try:
         if args.command == "talk":
             from protocol.commands.talk import run_talk
@@ -193,27 +204,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run_command(args, progress)
     except LoginRefused as fault:
-        progress.error(f"the relay refused the login: {fault} ({fault.code})")
+        progress.error(f"the relay refused the login: {fault} ({fault.code})", fault.code)
         return CANNOT_CONNECT
     except ConnectError as fault:
-        progress.error(str(fault))
+        progress.error(str(fault), "cannot_connect")
         return CANNOT_CONNECT
     except RequestError as fault:
-        progress.error(f"{fault.message or 'ended'} ({fault.code})")
-        for field, what in fault.details.items():
-            progress.error(f"  {field or 'params'}: {what}")
+        progress.error(
+            (fault.message or "ended") + ("" if args.json else f" ({fault.code})"), fault.code, fault.details
+        )
         return FAILED
-    except (LinkError, ProtocolError) as fault:
-        progress.error(str(fault))
+    except Told:
+        return FAILED
+    except LinkError as fault:
+        progress.error(str(fault), "connection_lost")
+        return FAILED
+    except ProtocolError as fault:
+        progress.error(str(fault), fault.code)
         return FAILED
     except BrokenPipeError:
         silence_stdout()
         return PIPE_CLOSED
     except OSError as fault:
-        progress.error(f"{fault.filename}: {fault.strerror}" if fault.filename else str(fault.strerror or fault))
+        why = f"{fault.filename}: {fault.strerror}" if fault.filename else str(fault.strerror or fault)
+        progress.error(why, "system")
         return FAILED if fault.filename is None else USAGE
     except ValueError as fault:
-        progress.error(str(fault))
+        progress.error(str(fault), "usage", getattr(fault, "details", None))
         return USAGE
     except KeyboardInterrupt:  # a second Ctrl-C, while the first was being handled
         return INTERRUPTED

@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import attrs
 import trio
 
+from protocol.arguments import fault_line
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED
+from protocol.commands.listing import chosen
 from protocol.commands.progress import table
 from protocol.printable import printable, printable_json
 from protocol.wire.validators import Value
@@ -30,8 +32,10 @@ def run_admin(args: argparse.Namespace, config: Config) -> int:
     try:
         trio.run(work)
     except (AdminError, StoreError) as fault:
-        print(f"relayd: {printable(str(fault))}", file=sys.stderr)
-        return CANNOT_CONNECT if isinstance(fault, NotRunning) else FAILED
+        code, word = (CANNOT_CONNECT, "cannot_connect") if isinstance(fault, NotRunning) else (FAILED, "failed")
+        as_json = getattr(args, "json", False)
+        print(fault_line("relayd", printable(str(fault)), word, as_json=as_json), file=sys.stderr)
+        return code
     return DONE
 
 
@@ -53,7 +57,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Value]:
 
 
 async def _space_list(admin: Admin, args: argparse.Namespace) -> None:
-    _print_rows(await admin.spaces(), ("name", "state", "workers", "slots", "busy", "queued", "engine"), args.json)
+    rows = chosen(await admin.spaces(), args)
+    _print_rows(rows, ("name", "state", "workers", "slots", "busy", "queued", "engine"), args.json)
 
 
 async def _space_pause(admin: Admin, args: argparse.Namespace) -> None:
@@ -79,7 +84,7 @@ async def _token_create(admin: Admin, args: argparse.Namespace) -> None:
 
 
 async def _token_list(admin: Admin, args: argparse.Namespace) -> None:
-    rows = await admin.tokens()
+    rows = chosen(await admin.tokens(), args)
     _print_rows(
         rows,
         ("token_id", "principal", "role", "readonly", "spaces", "state", "created", "expires", "limits"),
@@ -146,12 +151,13 @@ def _read_password(name: str) -> str:
 
 async def _workers(admin: Admin, args: argparse.Namespace) -> None:
     columns = ("worker_id", "state", "spaces", "engine", "slots", "busy", "rtt_ms", "peer", "principal")
-    _print_rows(await admin.rows("workers"), columns, args.json)
+    _print_rows(chosen(await admin.rows("workers"), args), columns, args.json)
 
 
 async def _requests(admin: Admin, args: argparse.Namespace) -> None:
     columns = ("request_id", "state", "space", "principal", "attempt", "age_s", "audio_s", "worker_id", "code")
-    _print_rows(await admin.rows("requests"), columns, args.json)
+    rows = sorted(await admin.rows("requests"), key=lambda row: -float(row.get("created_at") or 0))
+    _print_rows(chosen(rows, args), columns, args.json)
 
 
 async def _drain(admin: Admin, args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion
+from protocol.arguments import CommandParser, ShowVersion, add_filters
 from protocol.commands.exit_codes import INTERRUPTED, open_closed_streams
 
 
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         "--state-dir", type=Path, help="folder of the store and the socket; default: ~/.local/state/relayd"
     )
     listing = argparse.ArgumentParser(add_help=False, parents=[common])
-    listing.add_argument("--json", action="store_true", help="print one JSON array")
+    listing.add_argument("--json", action="store_true", help="print one JSON array; errors as JSON, too")
     parser = CommandParser(prog="relayd", description="Use a GPU that has no public address.")
     parser.add_argument("--version", action=ShowVersion)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     spaces = commands.add_parser("space", help="create and manage spaces").add_subparsers(metavar="WHAT", required=True)
     add("space create", "create a space", under=spaces, arguments=_space_options)
     add("space change", "change settings of a space; the others stay", under=spaces, arguments=_space_options)
-    add("space list", "list all spaces", listing, spaces)
+    add_filters(add("space list", "list all spaces", listing, spaces), "space", "state")
     for name, summary in (
         ("pause", "start and accept no new requests in a space"),
         ("resume", "resume a paused space"),
@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
     tokens = commands.add_parser("token", help="create and revoke tokens").add_subparsers(metavar="WHAT", required=True)
     add("token create", "create a token and print only the token on stdout", under=tokens, arguments=_token_options)
-    add("token list", "list all tokens, without their secrets", listing, tokens)
+    token_list = add("token list", "list all tokens, without their secrets", listing, tokens)
+    add_filters(token_list, "space", "state", "principal")
     revoke = add("token revoke", "revoke a token and close its connections", under=tokens)
     revoke.add_argument("which", metavar="ID|NAME")
 
@@ -103,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--role", choices=("client", "operator"), default="client")
     user.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: in 7 days")
 
-    add("workers", "list the workers of the running relay", listing)
-    add("requests", "list the requests of the running relay", listing)
+    add_filters(add("workers", "list the workers of the running relay", listing), "space", "state", "principal")
+    requests = add("requests", "list the requests of the running relay, the latest first", listing)
+    add_filters(requests, "space", "state", "principal")
     add("drain", "make the running relay finish its running requests and exit")
     return parser
 

@@ -10,6 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from protocol.arguments import fault_line
 from protocol.commands.exit_codes import DONE, FAILED, USAGE, silence_stdout
 from protocol.install_hint import install_command
 from protocol.printable import printable, printable_lines
@@ -31,14 +32,15 @@ def run_command(args: argparse.Namespace) -> int:
     try:
         return COMMANDS.get(args.command, _admin)(args)
     except (ConfigError, ExtraMissing) as fault:
-        return _print_error(printable_lines(str(fault)), USAGE)
+        return _print_error(printable_lines(str(fault)), USAGE, as_json=getattr(args, "json", False))
     except BrokenPipeError:  # `relayd requests | head`
         silence_stdout()
         return DONE
 
 
-def _print_error(message: str, code: int) -> int:
-    print(f"relayd: {message}", file=sys.stderr)
+def _print_error(message: str, code: int, *, as_json: bool = False) -> int:
+    """Print why a command failed; returns its exit code."""
+    print(fault_line("relayd", message, "usage" if code == USAGE else "failed", as_json=as_json), file=sys.stderr)
     return code
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.arguments import ShowVersion
+from protocol.arguments import CommandParser, ShowVersion, fault_line
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 from protocol.install_hint import install_command
 from protocol.printable import printable, printable_json
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _once(args) if args.once or args.json else _live(args)
     except ValueError as fault:
-        print(f"relay-tui: {printable(str(fault))}", file=sys.stderr)
+        print(fault_line("relay-tui", printable(str(fault)), "usage", as_json=args.json), file=sys.stderr)
         return USAGE
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.partition(".")[0] not in ("textual", "rich"):
@@ -46,7 +46,8 @@ def _once(args: argparse.Namespace) -> int:
         print(printable_json(model) if args.json else describe(model, ascii_only=ascii_only), flush=True)
     except (LinkError, trio.TooSlowError) as fault:
         why = printable(str(fault)) or "the relay did not answer"
-        print(f"relay-tui: cannot connect: {why}", file=sys.stderr)
+        line = fault_line("relay-tui", f"cannot connect: {why}", "cannot_connect", as_json=args.json)
+        print(line, file=sys.stderr)
         return CANNOT_CONNECT
     except BrokenPipeError:
         silence_stdout()
@@ -101,7 +102,7 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="relay-tui", description="Watch and steer a relay: its spaces, workers, requests and clients."
     )
     parser.add_argument("--version", action=ShowVersion)
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", help=url)
     parser.add_argument("--readonly", action="store_true", help="watch without steering; the relay enforces it")
     parser.add_argument("--once", action="store_true", help="print the overview once and exit")
-    parser.add_argument("--json", action="store_true", help="like --once, but print JSON")
+    parser.add_argument("--json", action="store_true", help="like --once, but print JSON, errors included")
     parser.add_argument("--theme", choices=NAMES, default="auto", help="colours to use; NO_COLOR takes precedence")
     parser.add_argument("--thrifty", action="store_true", help="for a slow line: 16 colours, drawn every 2 s")
     ascii_help = "draw with ASCII characters only; default: as locale and TERM allow"

@@ -43,6 +43,8 @@ from protocol.wire.messages import (
     Delta,
     Done,
     Error,
+    Find,
+    Found,
     Hello,
     InputAck,
     Leave,
@@ -110,6 +112,7 @@ class RelayClient:
             Error: self._error,
             StatusReply: self._calls.status_reply,
             SpacesReply: self._calls.spaces_reply,
+            Found: self._calls.found,
             Done: self._calls.done,
             Snapshot: self._to_watch,
             Delta: self._to_watch,
@@ -241,7 +244,31 @@ class RelayClient:
     async def spaces(self) -> list[dict[str, Value]]:
         """The spaces that this principal may use, each as a map."""
         _last, call = await self._call_until_answered(Spaces(), SpacesReply)
-        return [space for page in call.pages for space in page.spaces]
+        return call.rows
+
+    async def find(
+        self,
+        prefix: str = "",
+        *,
+        spaces: Sequence[str] = (),
+        states: Sequence[str] = (),
+        principals: Sequence[str] = (),
+        limit: int = 100,
+    ) -> tuple[list[dict[str, Value]], int]:
+        """Requests of this principal, or for operators of all, the latest first; and how many fit, with those left out.
+
+        Args:
+            prefix: what their ids begin with.
+            spaces: only of these; none means of all.
+            states: only in these.
+            principals: only of these.
+            limit: at most so many, up to 1,000.
+        """
+        found, call = await self._call_until_answered(
+            Find(prefix=prefix, spaces=list(spaces), states=list(states), principals=list(principals), limit=limit),
+            Found,
+        )
+        return call.rows, found.total
 
     @asynccontextmanager
     async def watch(self, topics: Sequence[str] = ()) -> AsyncIterator[Watch]:

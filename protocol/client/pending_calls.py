@@ -8,8 +8,8 @@ import attrs
 import trio
 
 from protocol.wire.errors import LinkBroken, RequestRejected
-from protocol.wire.messages import Done, Error, Rejected, Spaces, SpacesReply, Status, StatusReply, Steer
-from protocol.wire.validators import Message
+from protocol.wire.messages import Done, Error, Find, Found, Rejected, Spaces, SpacesReply, Status, StatusReply, Steer
+from protocol.wire.validators import Message, Value
 
 
 @attrs.define(eq=False)
@@ -26,8 +26,8 @@ class PendingCall:
     answer: Message | None = None
     fault: Callable[[], Exception] | None = None
     done: trio.Event = attrs.field(factory=trio.Event)
-    #: Pages of the answer to `spaces`.
-    pages: list[SpacesReply] = attrs.field(factory=list)
+    #: The rows of the pages that have come of an answer to `spaces` or `find`.
+    rows: list[dict[str, Value]] = attrs.field(factory=list)
 
     @property
     def correlation_id(self) -> str | None:
@@ -78,11 +78,18 @@ class PendingCalls:
 
     def spaces_reply(self, reply: SpacesReply) -> None:
         """Take a page of the answer to `spaces`."""
-        call = next((one for one in self._open if isinstance(one.ask, Spaces)), None)
+        self._page(Spaces, reply, reply.spaces)
+
+    def found(self, found: Found) -> None:
+        """Take a page of the answer to `find`."""
+        self._page(Find, found, found.requests)
+
+    def _page(self, kind: type[Message], page: SpacesReply | Found, rows: list[dict[str, Value]]) -> None:
+        call = next((one for one in self._open if isinstance(one.ask, kind)), None)
         if call is not None:
-            call.pages.append(reply)
-            if not reply.more:
-                self._settle(call, reply)
+            call.rows += rows
+            if not page.more:
+                self._settle(call, page)
 
     def _answer(self, kind: type[Message], about: str, answer: Message) -> None:
         call = next((one for one in self._open if isinstance(one.ask, kind) and one.correlation_id == about), None)

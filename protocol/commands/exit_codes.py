@@ -12,6 +12,10 @@ DONE, FAILED, USAGE, CANNOT_CONNECT, INTERRUPTED = 0, 1, 2, 3, 130
 PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
+class Told(Exception):
+    """What failed was printed; the program has only to exit with `FAILED`."""
+
+
 def silence_stdout() -> None:
     """Discard further output to stdout; called when its reader has closed it (`... | head`).
 

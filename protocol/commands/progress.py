@@ -2,9 +2,10 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from protocol.arguments import fault_line
 from protocol.printable import printable
 
 if TYPE_CHECKING:
@@ -22,12 +23,21 @@ class Progress:
     Args:
         out: where to write.
         quiet: write only errors.
+        as_json: write errors as JSON.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, out: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        out: TextIO,
+        *,
+        quiet: bool = False,
+        as_json: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._out = out
         self._quiet = quiet
+        self._as_json = as_json
         self._clock = clock
         self._live = out.isatty()
         self._drawn = False
@@ -86,10 +96,15 @@ class Progress:
             self._wipe()
             self._write(f"{printable(text)}\n")
 
-    def error(self, text: str) -> None:
-        """Write a permanent line, even if quiet."""
+    def error(self, text: str, code: str = "failed", details: Mapping[str, object] | None = None) -> None:
+        """Write an error, even if quiet: a line, and one for each field of `details`; or one line of JSON."""
         self._wipe()
+        if self._as_json:
+            self._write(f"{fault_line('relay', text, code, details, as_json=True)}\n")
+            return
         self._write(f"relay: {printable(text)}\n")
+        for field, what in (details or {}).items():
+            self._write("relay:   " + printable(f"{field or 'params'}: {what}") + "\n")
 
     def close(self) -> None:
         """Remove the live status line."""

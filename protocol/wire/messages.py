@@ -66,6 +66,10 @@ MAX_UNACKED_BYTES = 256 * KIB
 #: `output` of a `report`: a traceback and the lines before it.
 MAX_REPORT_CHARS = 4096
 
+#: Most requests that one `find` is told of.
+MAX_FOUND = 1_000
+PREFIX_PATTERN = re.compile(r"[0-9a-f]{0,32}")
+
 SPACE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 ROLES = ("client", "worker", "operator")
@@ -294,6 +298,16 @@ class SpacesReply(Message):
 
 
 @attrs.frozen(kw_only=True)
+class Found(Message):
+    """Answers `find`: a page of requests, the latest first. `more` announces another page; `total` counts all."""
+
+    TYPE: ClassVar[str] = "found"
+    requests: list[dict[str, Value]] = field(array_of(mapping))
+    total: int = field(integer(0))
+    more: bool = field(boolean, False)
+
+
+@attrs.frozen(kw_only=True)
 class Registered(Message):
     """Confirms that the worker serves its spaces, and says what to do with the requests that it named as running."""
 
@@ -432,6 +446,26 @@ class Spaces(Message):
     TYPE: ClassVar[str] = "spaces"
 
 
+@attrs.frozen(kw_only=True)
+class Find(Message):
+    """Asks for requests, the latest first: the principal's own, or for an operator those of all.
+
+    Args:
+        prefix: what their ids begin with.
+        spaces: only of these spaces; empty: of all.
+        states: only in these states.
+        principals: only of these principals.
+        limit: at most so many.
+    """
+
+    TYPE: ClassVar[str] = "find"
+    prefix: str = field(text(32, PREFIX_PATTERN, "the beginning of a request id (lower-case hex digits)"), "")
+    spaces: list[str] = array_field(_space)
+    states: list[str] = array_field(choice(*LIVE_STATES, *ENDED_STATES))
+    principals: list[str] = array_field(text(128))
+    limit: int = field(integer(1, MAX_FOUND), 100)
+
+
 # -- from workers ------------------------------------------------------------------------------------------------
 
 
@@ -519,13 +553,13 @@ FRAMES: Table = _table(Started, Progress, Audio, Video, Output, Completed, Faile
 BULK = frozenset({"audio", "video", "input", "output"})
 
 FROM_ANYONE: Table = _table(Hello)
-FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Leave, Status, Spaces)
+FROM_CLIENT: Table = _table(Ping, Pong, Submit, Input, Cancel, Attach, Leave, Status, Spaces, Find)
 FROM_WORKER: Table = {**_table(Ping, Pong, Register, Draining, Report, InputAck), **FRAMES}
 #: An operator is a client that may also watch and steer.
 FROM_OPERATOR: Table = {**FROM_CLIENT, **_table(Watch, Steer)}
 FROM_RELAY: Table = {
     **_table(Ping, Pong, Error, Welcome, Accepted, Queued, WorkerAway, WorkerBack, Rejected),
-    **_table(StatusReply, SpacesReply, InputAck),
+    **_table(StatusReply, SpacesReply, Found, InputAck),
     **_table(Registered, Assign, Input, Cancel, Drain, Undrain, Ack, Snapshot, Delta, Done),
     **FRAMES,
 }

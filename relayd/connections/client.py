@@ -20,6 +20,8 @@ from protocol.wire.messages import (
     Attach,
     Cancel,
     Error,
+    Find,
+    Found,
     Input,
     InputAck,
     Leave,
@@ -36,7 +38,7 @@ from protocol.wire.messages import (
 from protocol.wire.structs import ID_PATTERN
 from protocol.wire.validators import Message, Value
 from relayd.auth.tokens import Principal, reject_readonly
-from relayd.core.access import find_request
+from relayd.core.access import find_request, find_requests
 from relayd.core.admission import Admission
 from relayd.core.principals import RETRY_S, PrincipalUsage, limits_of, too_fast
 from relayd.core.relay import Relay
@@ -44,7 +46,7 @@ from relayd.frames.frame_log import HIGH_WATER_BYTES, LOW_WATER_BYTES, FrameRead
 from relayd.requests.live_input import PipedInput
 from relayd.requests.request import Request
 from relayd.scheduling.model import QueuePosition, State
-from relayd.views.rows import fed_inputs, pages, space_row
+from relayd.views.rows import fed_inputs, found_row, pages, space_row
 
 log = structlog.get_logger("relayd")
 
@@ -389,6 +391,12 @@ class ClientHandler:
         for page, more in pages([row for row in rows if row is not None]):
             self.send(SpacesReply(spaces=page, more=more))
 
+    def _find(self, find: Find) -> None:
+        found = find_requests(self.relay, self.principal, find)
+        rows = [found_row(request) for request in found[: find.limit]]
+        for page, more in pages(rows):
+            self.send(Found(requests=page, total=len(found), more=more))
+
 
 ClientHandler.handlers = {
     Ping: ClientHandler._ping,
@@ -400,6 +408,7 @@ ClientHandler.handlers = {
     Leave: ClientHandler._leave,
     Status: ClientHandler._status,
     Spaces: ClientHandler._spaces,
+    Find: ClientHandler._find,
 }
 
 

@@ -1,7 +1,7 @@
 """Decides which spaces and requests a principal may see, for WebSocket and HTTP alike."""
 
 from protocol.wire.errors import ErrorCode
-from protocol.wire.messages import Rejected
+from protocol.wire.messages import Find, Rejected
 from relayd.auth.tokens import Principal
 from relayd.core.relay import Relay
 from relayd.core.space import Space
@@ -33,9 +33,27 @@ def find_request(relay: Relay, principal: Principal, request_id: str) -> Request
     A request of another principal gets the same refusal as one that does not exist.
     """
     request = relay.requests.get(request_id)
-    if request is not None:
-        is_own = request.principal == principal.name and principal.may_use(request.entry.space)
-        if is_own or principal.role == "operator":
-            return request
+    if request is not None and _may_see(principal, request):
+        return request
     message = f"request {request_id} is unknown: it was never accepted, belongs to another principal, or ended long ago"
     return Rejected.because(ErrorCode.REQUEST_NOT_FOUND, message, request_id=request_id)
+
+
+def find_requests(relay: Relay, principal: Principal, find: Find) -> list[Request]:
+    """Return the requests that `find` asks for and the principal may see, the latest first, beyond its limit, too."""
+    found = [
+        request
+        for request_id, request in relay.requests.items()
+        if request_id.startswith(find.prefix)
+        and _may_see(principal, request)
+        and (not find.spaces or request.entry.space in find.spaces)
+        and (not find.states or request.entry.state in find.states)
+        and (not find.principals or request.principal in find.principals)
+    ]
+    found.reverse()  # of the same moment, the one that came later
+    return sorted(found, key=lambda request: request.created_at, reverse=True)
+
+
+def _may_see(principal: Principal, request: Request) -> bool:
+    is_own = request.principal == principal.name and principal.may_use(request.entry.space)
+    return is_own or principal.role == "operator"

@@ -237,6 +237,25 @@ def request_row(relay: Relay, request_id: str, position: int | None = None) -> R
     return row | ({"inputs": fed_inputs(request)} if request.fed else {})
 
 
+def found_row(request: Request) -> Row:
+    """Return the row of a request for `find`: what whoever submitted it may know, and is cheap to tell of many."""
+    entry = request.entry
+    end = request.ended_at if request.ended_at is not None else trio.current_time()
+    return {
+        "request_id": request.request_id,
+        "space": entry.space,
+        "principal": request.principal,
+        "state": str(entry.state),
+        "priority": request.submit.priority,
+        "created_at": round(request.created_unix, 3),
+        "age_s": round(end - request.created_at, 3),
+        "attempt": entry.attempt,
+        "audio_s": request.audio_s,
+        "code": request.code,
+        "message": request.message,
+    }
+
+
 def fed_inputs(request: Request) -> dict[str, Value]:
     """Return what there is of each live or piped input of a live request, and how it comes."""
     now = trio.current_time()

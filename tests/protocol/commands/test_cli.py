@@ -281,11 +281,23 @@ def test_say_writes_what_the_name_of_the_file_says(capsys: pytest.CaptureFixture
 def test_say_refuses_a_name_that_it_cannot_keep_before_anything_is_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["say", "hi", "-o", "out.flac", "--url", "unix:nobody.sock"]) == 2
-    assert "out.flac: audio is written as .wav, .mp3 or .pcm" in capsys.readouterr().err
-    assert not Path("out.flac").exists()
-    assert run(speak, "submit", "--space", "tts", "-o", "out.flac") == 2
-    assert not Path("out.flac").exists()
+    assert main(["say", "hi", "-o", "out.m4a", "--url", "unix:nobody.sock"]) == 2
+    assert "out.m4a: audio is written as .wav, .mp3, .opus, .flac, .aac or .pcm" in capsys.readouterr().err
+    assert not Path("out.m4a").exists()
+    assert run(speak, "submit", "--space", "tts", "-o", "out.m4a") == 2
+    assert not Path("out.m4a").exists()
+
+
+@pytest.mark.parametrize("name", ["out.opus", "out.flac"])
+def test_say_names_the_extra_that_a_coding_takes_before_anything_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    for module in ("codecs", "samples"):
+        monkeypatch.delitem(sys.modules, f"protocol.audio.{module}", raising=False)
+    assert main(["say", "hi", "-o", name, "--url", "unix:nobody.sock"]) == 2
+    assert "the extra [audio] (pip install '.[audio]'" in capsys.readouterr().err
+    assert not Path(name).exists()
 
 
 def test_submit_prints_values_as_json_lines_and_writes_binary(capsys: pytest.CaptureFixture[str]) -> None:
@@ -527,7 +539,7 @@ def test_watch_prints_what_changes_until_it_is_interrupted() -> None:
         (["say", "a", "-o", "none/out.wav"], "none/out.wav: No such file"),
         (["say", "a", "-o", "-", "--json"], "both write to standard output"),
         (["submit", "--space", "x", "--input", "voice=none.wav"], "none.wav: No such file"),
-        (["status", "1234"], "'1234' is not a request id"),
+        (["status", "12x4"], "'12x4' is not a request id"),
         (["status", ID, "--token-file", "none"], "token file none cannot be read"),
     ],
 )
@@ -539,7 +551,7 @@ def test_wrong_use_is_one_clear_line_and_exit_2(
     assert out == ""
     assert words in err
     assert len(err.splitlines()) == 1
-    assert err.startswith("relay: ")
+    assert err.startswith("relay: " if "--json" not in argv else "{")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_pipes_are_announced_and_wrong_ones_told(stdin: WrittenInput, capsys: py
     assert peer.infos == {"text": InputInfo(from_=OTHER)}
     capsys.readouterr()
     for argv, told in (
-        ([*pipe, "text=no-id"], "input 'text': from: 'no-id' is not a request id"),
+        ([*pipe, "text=no-id"], "input 'text': 'no-id' is not a request id"),
         ([*pipe, f"text={ID}", "-i", "text=-"], "text has two sources; name one"),
         (["say", "-", "-i", "audio=-"], "standard input cannot be text and audio"),
     ):
