@@ -135,7 +135,8 @@ def _token_options(create: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--space", action="append", default=[], metavar="PATTERN", help="spaces it may use; default: all"
     )
-    create.add_argument("--readonly", action="store_true", help="it may watch and read results, and change nothing")
+    readonly = "it may watch and read results, and change nothing"
+    create.add_argument("--readonly", "--read-only", action="store_true", help=readonly)
     create.add_argument("--expires", metavar="WHEN", help="12h, 30d, or a date like 2031-12-31; default: never")
     for field in attrs.fields(TokenLimits):
         setting = f"default: {field.name} of [limits.principal]"

@@ -9,7 +9,7 @@ from starlette.requests import HTTPConnection, Request
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import PROTOCOL_VERSION, Hello, Rejected
 from relayd.auth import login_throttle
-from relayd.auth.tokens import Principal
+from relayd.auth.tokens import Principal, reject_readonly
 from relayd.core.accounts import Visit, as_role
 from relayd.core.principals import RETRY_S, too_fast
 from relayd.http.context import Exchange, HttpContext, context_of, exchange_of
@@ -25,6 +25,8 @@ MAX_TOKEN_CHARS = 256
 SECRET_NAMES = frozenset({"token", "access_token", "api_key", "apikey", "key", "authorization"})
 
 
+#: Methods that change nothing, which are all that a read-only login may use. A WebSocket begins with one of them.
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Query parameter of a signed link to one result.
 LINK = "link"
 _NEW_LINK = "ask whoever gave it to you for a new one (GET /v1/requests/ID/link)"
@@ -38,7 +40,8 @@ def principal_of(request: HTTPConnection, role: str = "client") -> Principal:
         role: the role to log in as; operator tokens may also log in as `client`.
 
     Raises:
-        HttpError: the login is refused: 401, 403, or 429 after too many failures or with too many connections.
+        HttpError: the login is refused: 401, 403, or 429 after too many failures or with too many connections; or it is
+            read-only, and the method changes something.
     """
     exchange = exchange_of(request)
     if exchange.principal is not None:
@@ -54,6 +57,7 @@ def principal_of(request: HTTPConnection, role: str = "client") -> Principal:
     if isinstance(principal, Rejected):
         raise HttpError.of(principal)
     _admit(context_of(request), exchange, principal)
+    _check_method(request, principal)
     return principal
 
 
@@ -79,7 +83,13 @@ def principal_by_token(request: HTTPConnection, token: str | None, role: str = "
     if isinstance(principal, Rejected):
         raise _refuse(context, request, token, role, principal)
     _admit(context, exchange, principal)
+    _check_method(request, principal)
     return principal
+
+
+def _check_method(request: HTTPConnection, principal: Principal) -> None:
+    if principal.readonly and request.scope.get("method", "GET") not in SAFE_METHODS:
+        raise HttpError.of(reject_readonly())
 
 
 def principal_by_link(request: Request, request_id: str) -> Principal:

@@ -7,7 +7,6 @@ from starlette.responses import JSONResponse, Response
 
 from protocol.wire.errors import ErrorCode
 from protocol.wire.messages import MAX_INPUT_CHUNK_BYTES, MAX_UNACKED_BYTES
-from relayd.auth.tokens import reject_readonly
 from relayd.http.authentication import principal_of
 from relayd.http.context import context_of, exchange_of
 from relayd.http.errors import HttpError
@@ -30,9 +29,7 @@ async def feed_input(http: HttpRequest) -> Response:
     Cancellation: what has come is stored, and the input has not ended.
     """
     request, name = find_request(http, http.path_params["request_id"]), http.path_params["name"]
-    if (principal := principal_of(http)).readonly:
-        raise HttpError.of(reject_readonly(request.request_id))
-    if request.principal != principal.name:
+    if request.principal != (principal := principal_of(http)).name:
         raise HttpError(ErrorCode.FORBIDDEN, f"request {request.request_id} is fed by {request.principal!r} alone")
     offset = http.query_params.get("offset", "0")
     if not (offset.isascii() and offset.isdigit() and len(offset) <= MAX_DIGITS):

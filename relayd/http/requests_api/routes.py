@@ -14,7 +14,7 @@ from protocol.wire.messages import PATH
 from protocol.wire.structs import ID_PATTERN
 from protocol.wire.validators import Value
 from relayd.auth.result_links import LinkGrant
-from relayd.auth.tokens import iso_time, reject_readonly
+from relayd.auth.tokens import iso_time
 from relayd.http.authentication import LINK, principal_of, result_name
 from relayd.http.body_parser import open_uploads
 from relayd.http.context import context_of
@@ -101,8 +101,6 @@ class OneRequest(HTTPEndpoint):
         """Cancel it; a running request ends as soon as its engine has stopped."""
         request = find_request(http, http.path_params["request_id"])
         relay, principal = context_of(http).relay, principal_of(http)
-        if principal.readonly:
-            raise HttpError.of(reject_readonly(request.request_id))
         for each in [request, *relay.cancel_group(request, f"cancelled by {principal.name}")]:
             await wait_safe(http, each)
         return JSONResponse(status_json(relay, request), 202 if request.live else 200)

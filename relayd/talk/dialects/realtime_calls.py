@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from relayd.auth.tokens import reject_readonly
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import json_object, open_uploads, read_all
 from relayd.http.context import context_of
@@ -80,8 +79,6 @@ class DataChannel:
 async def call(http: Request) -> Response:
     """Answer an offer; the session lasts as long as the call."""
     principal, talks = principal_of(http), talks_of(http)
-    if principal.readonly:
-        raise HttpError.of(reject_readonly())
     offer, fields = await _read(http)
     model = fields.get("model") or http.query_params.get("model") or ""
     if not isinstance(model, str):
@@ -128,8 +125,6 @@ async def _serve(
 async def hang_up(http: Request) -> Response:
     """End a call."""
     principal = principal_of(http)
-    if principal.readonly:
-        raise HttpError.of(reject_readonly())
     found = talks_of(http).place.calls.with_id(principal, http.path_params["call"])
     if found is None or found.ended.is_set():
         raise HttpError("not_found", "there is no such call, or it has ended", status=404)

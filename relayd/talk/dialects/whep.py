@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.wire.errors import ErrorCode
-from relayd.auth.tokens import reject_readonly
 from relayd.http.authentication import principal_of
 from relayd.http.body_parser import read_all
 from relayd.http.errors import HttpError
@@ -94,8 +93,6 @@ def candidates_of(fragment: str) -> list[dict[str, Any]]:
 
 def _call_of(http: Request) -> Call:
     principal = principal_of(http)
-    if principal.readonly:
-        raise HttpError.of(reject_readonly())
     call = talks_of(http).place.calls.with_id(principal, http.path_params["call"])
     if call is None or call.ended.is_set():
         raise HttpError("not_found", "there is no such call, or it has ended; begin another one", status=404)

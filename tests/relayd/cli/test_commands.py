@@ -61,6 +61,9 @@ def test_token_create_takes_limits_and_token_list_shows_them(
     assert "max_queued=3,max_running=2,max_connections=1" in capsys.readouterr().out
     assert main(["token", "create", "--role", "client", "--name", "ann", "--max-queued", "0", *state]) == 1
     assert "limits.max_queued" in capsys.readouterr().err
+    assert main(["token", "create", "--role", "operator", "--name", "eye", "--read-only", *state]) == 0
+    assert main(["token", "list", "--principal", "eye", "--json", *state]) == 0
+    assert [row["readonly"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])] == [True]
 
 
 def test_a_token_without_an_end_that_can_be_told_is_refused_and_the_list_goes_on(

@@ -1,11 +1,12 @@
 """A token that was created as read-only: it watches and reads, and whatever else it asks for is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol.wire.messages import Cancel, Done, Rejected, Snapshot, Status, StatusReply, Steer, Watch
+from protocol.wire.messages import Accepted, Cancel, Done, Rejected, Snapshot, Status, StatusReply, Steer, Watch
 from relayd.connections.operator import ACTIONS, READ_ONLY_ACTIONS
 from tests.support.fake_worker import fake_worker
 from tests.support.raw_http_client import visitor
@@ -71,3 +72,49 @@ async def test_a_worker_cannot_be_read_only(tmp_path: Path) -> None:
         for options in ({"role": "worker", "readonly": True}, {"role": "operator", "readonly": "yes"}):
             root.send(Steer(action="create_token", target="box", options=options))
             assert (await root.next(Rejected)).code == "invalid_params"
+
+
+#: Path -> what is sent there; a path that takes no JSON is here, too.
+BODIES: dict[str, Any] = {
+    "/v1/spaces/{space}/requests": {"params": {"text": "x"}},
+    "/v1/audio/speech": {"model": "tts", "input": "x", "response_format": "wav"},
+}
+#: Where people log in with a password; no token is looked at.
+LOGINS = ("/v1/session", "/v1/register")
+#: Routes that /openapi.json leaves out.
+OTHER_ROUTES = [("post", "/websockets/submit/{space}")]
+
+
+@pytest.mark.trio
+async def test_no_route_that_changes_something_is_open_to_it(tmp_path: Path) -> None:
+    async with (
+        daemon(tmp_path, **TCP, talk={"reply": "llm", "speech": "tts"}, spaces={"llm": {}}) as relay,
+        peer(relay.urls[0], "client", await a_token(relay, "client", readonly=False)) as client,  # the same principal
+    ):
+        submit = a_submit()
+        client.send(submit)
+        await client.next(Accepted)
+        names = {
+            "space": "tts",
+            "request_id": submit.request_id,
+            "name": "text",
+            "talk": "t",
+            "number": "0",
+            "call": "c",
+        }
+        tokens = [await a_token(relay, role, readonly=True) for role in ("operator", "client")]
+        async with visitor(relay.urls[0]) as http:
+            paths = (await http.get("/openapi.json")).json["paths"]
+            routes = [(method, path) for path, methods in paths.items() for method in methods] + OTHER_ROUTES
+            changing = [(method, path) for method, path in routes if method in ("post", "put", "patch", "delete")]
+            changing = [each for each in changing if not each[1].startswith(LOGINS)]
+            assert len(changing) > 15
+            for token in tokens:
+                for method, path in changing:
+                    bearer = {"authorization": f"Bearer {token}"}
+                    told = BODIES.get(path, {})
+                    where = re.sub(r"{(\w+)}", lambda found: names[found[1]], path)
+                    answer = await http.ask(method.upper(), where, told=told, headers=bearer)
+                    assert answer.status == 403, (method, path)
+                    assert b"this login is read-only" in answer.body, (method, path)
+        assert [each.live for each in relay.relay.requests.values()] == [True]
