@@ -18,7 +18,9 @@ import attrs
 
 from gpuworker.engines.base import Engine, Missing, OptionError, OptionValue
 from gpuworker.engines.catalog import EngineNotFound, find_engine, parse_options
-from protocol.client.address import Address, from_environment, read_token, token_from_environment
+from protocol.arguments import add_login
+from protocol.client.address import Address, from_environment
+from protocol.client.contexts import choose_login
 from protocol.log_lines import FORMATS, LEVELS
 from protocol.wire.messages import SPACE_PATTERN
 
@@ -73,21 +75,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     from gpuworker.worker import DRAIN_TIMEOUT_S
 
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings with the names of these options")
-    parser.add_argument(
-        "--relay",
-        metavar="URL",
-        help="ws://, wss://, http(s):// or unix:PATH, or several with commas between them "
-        "(default: RELAY_URL, else the local socket)",
-    )
+    add_login(parser, "--relay")
     parser.add_argument(
         "--space", action=_Spaces, metavar="NAME", help=f"space to serve; repeatable (default: {DEFAULT_SPACE})"
     )
     add_engine_options(parser, DEFAULT_ENGINE, f"engine to run; see `gpuworker engines` (default: {DEFAULT_ENGINE})")
-    parser.add_argument(
-        "--token-file",
-        metavar="FILE",
-        help="file that contains the token (default: RELAY_TOKEN or the file in RELAY_TOKEN_FILE)",
-    )
     parser.add_argument("--name", help="name of this worker, for people (default: the host name)")
     parser.add_argument(
         "--load-timeout",
@@ -248,14 +240,14 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
     """
     environ = os.environ if environ is None else environ
     faults: list[str] = args.settings.fill(args, environ)
-    address, token, engine_class, shared = None, None, None, False
+    address, login, engine_class, shared = None, None, None, False
     options: dict[str, OptionValue] = {}
     try:
-        address = from_environment(args.relay, environ)
+        login = choose_login(args.relay, args.token_file, args.context, environ)
     except ValueError as fault:
         faults.append(str(fault))
     try:
-        token = read_token(args.token_file) if args.token_file else token_from_environment(environ)
+        address = from_environment(args.relay if login is None else login.url, environ)
     except ValueError as fault:
         faults.append(str(fault))
     named = args.space.replace(",", " ").split() if isinstance(args.space, str) else args.space
@@ -286,11 +278,11 @@ def read_config(args: argparse.Namespace, environ: Mapping[str, str] | None = No
         faults += [needs(args.engine, lack) for lack in engine_class.check(options, slots)]
     except (EngineNotFound, OptionError) as fault:
         faults.append(str(fault))
-    if faults or address is None or engine_class is None:
+    if faults or address is None or login is None or engine_class is None:
         raise ConfigError("\n".join(faults))
     return WorkerConfig(
         address=address,
-        token=token,
+        token=login.token or None,
         spaces=spaces,
         engine=args.engine,
         engine_class=engine_class,

@@ -16,7 +16,9 @@ import attrs
 from gpuworker.config import ConfigError, add_engine_options
 from gpuworker.engines.base import Engine, EngineError, OptionError
 from gpuworker.engines.catalog import EngineNotFound, engine_names, find_engine, parse_options
-from protocol.client.address import Address, from_environment, read_token, token_from_environment
+from protocol.arguments import add_login
+from protocol.client.address import Address, parse_address
+from protocol.client.contexts import choose_login
 from protocol.wire.errors import ErrorCode, LinkError, LoginRefused, ProtocolError
 from protocol.wire.messages import PROTOCOL_VERSION, Hello
 
@@ -42,8 +44,7 @@ class Finding:
 
 def add_doctor_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `gpuworker doctor`."""
-    parser.add_argument("--relay", metavar="URL", help="relay to log in to, with the token; default: RELAY_URL, if set")
-    parser.add_argument("--token-file", metavar="FILE", help="has the token; default: RELAY_TOKEN or RELAY_TOKEN_FILE")
+    add_login(parser, "--relay")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_engine_options(parser, None, "check only this engine, with the options given to `gpuworker run`")
 
@@ -59,16 +60,15 @@ def run_doctor(args: argparse.Namespace, environ: Mapping[str, str] | None = Non
         raise ConfigError("--slots and -o belong to an engine: give --engine too")
     engines = _engines() if args.engine is None else _engine(args.engine, args.options, args.slots)
     findings, relays = [_python(), *engines, _gpu()], []
-    url = args.relay or environ.get("RELAY_URL")
-    if url:
-        try:
-            address = from_environment(url, environ)
-            token = read_token(args.token_file) if args.token_file else token_from_environment(environ)
-        except ValueError as fault:
-            raise ConfigError(str(fault)) from None
+    try:
+        login = choose_login(args.relay, args.token_file, args.context, environ)
+        address = parse_address(login.url) if login.url else None
+    except ValueError as fault:
+        raise ConfigError(str(fault)) from None
+    if address is not None:
         import trio
 
-        relays = [trio.run(_relay, each, token) for each in address.each]
+        relays = [trio.run(_relay, each, login.token or None) for each in address.each]
         findings += relays
     if args.json:
         print(json.dumps([attrs.asdict(finding) for finding in findings], ensure_ascii=False, indent=2))

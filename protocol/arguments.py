@@ -58,6 +58,24 @@ def fault_line(
     return printable_json({"error": {"code": code, "message": message, "details": dict(details or {})}}, str)
 
 
+def add_login(parser: argparse.ArgumentParser, *more_names: str) -> None:
+    """Add `--url`, also by other names, `--token-file` and `--context`, which all four programs have."""
+    parser.add_argument(
+        *more_names,
+        "--url",
+        metavar="URL",
+        help="the relay: ws://host:port, wss://…, the page's http(s):// address, or unix:PATH, or several with commas "
+        "between them "
+        "(default: RELAY_URL, else the context in use, else the local socket)",
+    )
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="file that contains the token (default: RELAY_TOKEN, the file in RELAY_TOKEN_FILE, or the context's)",
+    )
+    parser.add_argument("--context", metavar="NAME", help="use this context, whatever the environment says")
+
+
 def add_filters(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the options that choose what a listing shows: those named of `space`, `state`, `principal`; and `limit`."""
     summaries = {

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion, add_filters
+from protocol.arguments import CommandParser, ShowVersion, add_filters, add_login
 from protocol.commands.exit_codes import (
     CANNOT_CONNECT,
     FAILED,
@@ -22,11 +22,13 @@ from protocol.wire.errors import ConnectError, LinkError, LoginRefused, Protocol
 EPILOG = """\
 environment:
   RELAY_URL         ws://host:port, wss://host, the page's http(s):// address or unix:PATH;
-                    default: the local relay's socket; or several with commas
-                    between them: relays that stand in for each other
+                    default: that of the context in use, else the local relay's socket;
+                    or several with commas between them: relays that stand in for each other
   RELAY_TOKEN       the token, or
   RELAY_TOKEN_FILE  a file that contains it
   SSL_CERT_FILE     the certificates to trust with wss://, if not those of the system
+
+The relay and the token come from the options, else from these variables, else from the context in use (relay context).
 
 exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 cannot connect, 130 interrupted
 """
@@ -85,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("space", metavar="SPACE", help="name of the space")
     voices = add("voices", "List the voices of a space.")
     voices.add_argument("space", metavar="SPACE", help="name of the space")
+    context = add("context", "Keep relays by name: a URL and a token each; the one in use is everybody's default.")
+    context.add_argument("what", choices=("add", "list", "use", "remove"), help="what to do")
+    context.add_argument("name", nargs="?", metavar="NAME", help="name of the context, but for list")
     watch = add("watch", "Follow everything that happens (for operators).")
     watch.add_argument(
         "topics",
@@ -97,8 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--url", help="address of the relay (default: $RELAY_URL, else the local socket)")
-    parser.add_argument("--token-file", metavar="FILE", help="file that contains the token (default: $RELAY_TOKEN...)")
+    add_login(parser)
     parser.add_argument(
         "--role", choices=("client", "operator"), help="role to log in with (default: client; watch: operator)"
     )
@@ -198,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from protocol.commands.talk import run_talk
 
             return run_talk(args, progress)
+        if args.command == "context":
+            from protocol.commands.context import run_context
+
+            return run_context(args, progress)
         from protocol.commands.commands import (
             run_command,  # after parsing, so that --help does not wait for the import
         )

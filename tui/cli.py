@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion, fault_line
+from protocol.arguments import CommandParser, ShowVersion, add_login, fault_line
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 from protocol.install_hint import install_command
 from protocol.printable import printable, printable_json
@@ -38,10 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _once(args: argparse.Namespace) -> int:
     import trio
 
+    from protocol.client.contexts import choose_login
     from tui.print_once import demo_model, describe, fetch_model
 
     try:
-        model = demo_model(args.demo) if args.demo else trio.run(fetch_model, args.url, args.readonly)
+        if args.demo:
+            model = demo_model(args.demo)
+        else:
+            login = choose_login(args.url, args.token_file, args.context)
+            model = trio.run(fetch_model, login, args.readonly)
         ascii_only = args.ascii or (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
         print(printable_json(model) if args.json else describe(model, ascii_only=ascii_only), flush=True)
     except (LinkError, trio.TooSlowError) as fault:
@@ -57,14 +62,14 @@ def _once(args: argparse.Namespace) -> int:
 def _live(args: argparse.Namespace) -> int:
     import asyncio
 
-    from protocol.client.address import from_environment, token_from_environment
+    from protocol.client.address import from_environment
+    from protocol.client.contexts import choose_login
 
     # Textual reads from stdin and writes to stderr.
     if not (sys.__stdin__ and sys.__stdin__.isatty() and sys.__stderr__ and sys.__stderr__.isatty()):
         raise ValueError("this is not a terminal; use --once to print the overview")
     if not args.demo:  # report errors in these before the screen appears
-        from_environment(args.url)
-        token_from_environment()
+        from_environment(choose_login(args.url, args.token_file, args.context).url)
     return asyncio.run(_run(args))
 
 
@@ -75,7 +80,7 @@ async def _run(args: argparse.Namespace) -> int:
     from tui.model.feed import RelaySource, Simulated, Source
     from tui.terminal.driver import RelayDriver
 
-    source: Source = RelaySource(args.url, readonly=args.readonly)
+    source: Source = RelaySource(args.url, readonly=args.readonly, token_file=args.token_file, context=args.context)
     if args.demo:
         source = Simulated(Demo(args.demo, readonly=args.readonly))
     app = RelayTui(
@@ -106,11 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="relay-tui", description="Watch and steer a relay: its spaces, workers, requests and clients."
     )
     parser.add_argument("--version", action=ShowVersion)
-    url = (
-        "ws://host:port, wss://…, http(s):// as of the page, or unix:PATH, or several with commas between them; "
-        "default: RELAY_URL, else the local socket"
-    )
-    parser.add_argument("--url", help=url)
+    add_login(parser)
     parser.add_argument("--readonly", action="store_true", help="watch without steering; the relay enforces it")
     parser.add_argument("--once", action="store_true", help="print the overview once and exit")
     parser.add_argument("--json", action="store_true", help="like --once, but print JSON, errors included")

@@ -8,6 +8,7 @@ from typing import Any
 import trio
 
 from protocol.client.client import open_relay
+from protocol.client.contexts import Login
 from protocol.wire.errors import LinkError
 from protocol.wire.messages import Snapshot
 from protocol.wire.validators import Value
@@ -28,7 +29,7 @@ MAX_LISTED = 20
 Rows = dict[str, list[dict[str, Value]]]
 
 
-async def fetch_model(url: str | None, readonly: bool) -> Rows:
+async def fetch_model(login: Login, readonly: bool) -> Rows:
     """Fetch the rows that the relay shows to an operator, by topic.
 
     Raises:
@@ -37,7 +38,7 @@ async def fetch_model(url: str | None, readonly: bool) -> Rows:
     """
     with trio.fail_after(ANSWER_S):
         async with (
-            open_relay(url, role="operator", agent="relay-tui", readonly=readonly) as relay,
+            open_relay(login.url, token=login.token, role="operator", agent="relay-tui", readonly=readonly) as relay,
             relay.watch(TOPICS) as watch,
         ):
             async for change in watch:

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import trio
 
-from protocol.client.address import read_token
 from protocol.client.client import RelayClient, open_relay
+from protocol.client.contexts import choose_login
 from protocol.client.inputs import TEXT, From, InputSource
 from protocol.commands.exit_codes import DONE, INTERRUPTED, Told
 from protocol.commands.id_prefix import check_request_id, find_request_id
@@ -38,7 +38,7 @@ Params = dict[str, Value]
 
 def run_command(args: argparse.Namespace, progress: Progress) -> int:
     """Run the requested command; returns its exit code, or raises the error that ended it."""
-    args.token = read_token(args.token_file) if args.token_file else None
+    args.login = choose_login(args.url, args.token_file, args.context)
     return trio.run(_run, args, progress)
 
 
@@ -83,7 +83,7 @@ def _open(args: argparse.Namespace, progress: Progress) -> AbstractAsyncContextM
             progress.note("connected again")
 
     role = args.role or ("operator" if args.command == "watch" else "client")
-    return open_relay(args.url, token=args.token, role=role, on_reconnect=on_reconnect, on_up=on_up)
+    return open_relay(args.login.url, token=args.login.token, role=role, on_reconnect=on_reconnect, on_up=on_up)
 
 
 async def say(args: argparse.Namespace, progress: Progress) -> None:

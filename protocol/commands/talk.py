@@ -19,7 +19,8 @@ from urllib.parse import quote
 
 import attrs
 
-from protocol.client.address import Address, from_environment, read_token, token_from_environment
+from protocol.client.address import Address, from_environment
+from protocol.client.contexts import choose_login
 from protocol.commands.exit_codes import DONE, FAILED
 from protocol.commands.progress import Progress
 from protocol.commands.wav_writer import AudioWriter
@@ -40,11 +41,11 @@ Json = dict[str, Any]
 
 def run_talk(args: argparse.Namespace, progress: Progress) -> int:
     """Hold a conversation until the input ends; returns the exit code."""
-    token = read_token(args.token_file) if args.token_file else token_from_environment()
+    login = choose_login(args.url, args.token_file, args.context)
     folder = None if args.output is None else Path(args.output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    api = TalkApi(from_environment(args.url), token, progress.note)
+    api = TalkApi(from_environment(login.url), login.token or None, progress.note)
     made = api.ask("POST", "/v1/talks", _without_none(session=args.session, user=args.user))
     repl = Repl(api, progress, quote(made["id"]), args.instructions, folder, as_json=args.json)
     progress.note(f"conversation {made['session']}; Ctrl-C interrupts a reply, Ctrl-D ends")

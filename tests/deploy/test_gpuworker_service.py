@@ -69,7 +69,7 @@ def test_the_settings_file_has_the_defaults_and_names_every_setting_that_the_uni
     plain = gpuworker_parser().parse_args(["run"])
     assert args.settings.fill(args, {}) == plain.settings.fill(plain, {}) == []
     assert (args.space, args.options) == (["tts"], ["model=openbmb/VoxCPM2"])
-    left_out = {"relay", "token_file", "name", "in_threads", "slots"}
+    left_out = {"relay", "token_file", "context", "name", "in_threads", "slots"}
     named = set(tomllib.loads(SETTINGS.read_text()))
     for name in vars(plain).keys() - {"command", "settings", "config", "space", "options", "engine"}:
         assert getattr(args, name) == getattr(plain, name)

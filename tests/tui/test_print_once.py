@@ -9,6 +9,7 @@ import pytest
 import trio
 from rich.cells import cell_len
 
+from protocol.client.contexts import Login
 from protocol.wire.messages import Accepted, Registered, Submit
 from tests.support.fake_worker import fake_worker
 from tests.support.relay import a_config, an_id, peer, running
@@ -26,7 +27,7 @@ async def test_a_picture_has_the_relay_its_spaces_workers_and_requests(tmp_path:
             client.send(Submit(request_id=request_id, space="tts", params={"text": "hello"}))
             await client.next(Accepted)
             await worker.assigned()
-            model = await fetch_model(started.urls[0], readonly=True)
+            model = await fetch_model(Login(started.urls[0], ""), readonly=True)
     assert model["spaces"][0]["name"] == "tts"
     assert model["workers"][0]["state"] == "busy"
     assert model["requests"][0]["state"] == "running"
@@ -40,7 +41,7 @@ async def test_a_picture_has_the_relay_its_spaces_workers_and_requests(tmp_path:
 async def test_without_a_worker_the_picture_says_what_to_run(tmp_path: Path) -> None:
     async with running(a_config(tmp_path / "state")) as started:
         assert "no worker has registered yet: run gpuworker run" in describe(
-            await fetch_model(started.urls[0], False), 120
+            await fetch_model(Login(started.urls[0], ""), False), 120
         )
 
 

@@ -5,12 +5,14 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import attrs
 import trio
 
 from protocol.client.client import RelayClient, open_relay
+from protocol.client.contexts import choose_login
 from protocol.link.backoff import Backoff
 from protocol.wire.errors import ErrorCode, LinkError, ProtocolError, RequestError, RequestRejected
 from protocol.wire.frames import Audio
@@ -67,12 +69,14 @@ class RelaySource:
     """A real relay.
 
     Args:
-        url: as for `open_relay`.
+        url: as for `choose_login`, as are `token_file` and `context`.
         readonly: have the relay refuse every steer.
     """
 
-    def __init__(self, url: str | None, *, readonly: bool) -> None:
-        self._url = url
+    def __init__(
+        self, url: str | None, *, readonly: bool, token_file: str | None = None, context: str | None = None
+    ) -> None:
+        self._login = partial(choose_login, url, token_file, context)
         self._readonly = readonly
         self._relay: RelayClient | None = None
 
@@ -89,9 +93,11 @@ class RelaySource:
         while True:
             began = trio.current_time()
             try:
+                login = self._login()  # each time, as the token's file may have changed
                 async with (
                     open_relay(
-                        self._url,
+                        login.url,
+                        token=login.token,
                         role="operator",
                         agent="relay-tui",
                         on_reconnect=down,
