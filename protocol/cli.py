@@ -26,6 +26,7 @@ environment:
                     or several with commas between them: relays that stand in for each other
   RELAY_TOKEN       the token, or
   RELAY_TOKEN_FILE  a file that contains it
+  RELAY_PLAYER      a program that plays the WAV on its standard input, such as "mpv -"
   SSL_CERT_FILE     the certificates to trust with wss://, if not those of the system
 
 The relay and the token come from the options, else from these variables, else from the context in use (relay context).
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             name, parents=[*parents, common], help=summary, description=summary, arguments=arguments
         )
 
-    say = add("say", "Speak a text and write the speech to a file as it arrives.", [output], _add_submit_options)
+    say = add("say", "Speak a text: play the speech as it comes, or write it to a file.", [output], _add_submit_options)
     say.add_argument(
         "text",
         nargs="+",
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text to speak, in one or more words; - reads it from standard input, and speaks while it is written "
         "where the space can",
     )
+    _add_play(say, "where a terminal has a sound card, and -o is not given")
     say.add_argument("--space", default="tts", help="space to submit to (default: %(default)s)")
     talk = add("talk", "Talk: each line is answered, in a conversation that the relay keeps.")
     talk.add_argument(
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--space", required=True, help="space to submit to")
     attach = add("attach", "Follow a request that was submitted before.", [output])
     attach.add_argument("request_id", metavar="ID", help="the request's id, or its beginning")
+    _add_play(attach, "no")
+    attach.set_defaults(play=False)
     attach.add_argument("--after-seq", type=int, default=-1, metavar="N", help="skip the frames up to number N")
     _add_ids(add("status", "Show the state of requests."))
     cancel = add("cancel", "Cancel requests.")
@@ -124,6 +128,16 @@ def _output() -> argparse.ArgumentParser:
         "SPACE-ID.wav or .ivf in this directory, created when it arrives)",
     )
     return parser
+
+
+def _add_play(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--play",
+        action=argparse.BooleanOptionalAction,
+        help="play the speech while it is made: with the program in RELAY_PLAYER, which gets a WAV on its standard "
+        "input, the extra [play], or aplay, ffplay or afplay; a file is then written only with -o "
+        f"(default: {default})",
+    )
 
 
 def _add_submit_options(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from protocol.client.stream import Event, Restarted, Stream
+from protocol.commands.player import Player, PlayerFailed, find_player, has_sound
 from protocol.commands.progress import Progress
 from protocol.commands.wav_writer import AudioWriter, check_audio_name
 from protocol.printable import printable_json, printable_lines
@@ -47,6 +48,9 @@ class Sink:
         self._binary_bytes = 0
         self._outputs = 0
         self._cached = False
+        self._request_id = ""
+        self._player = _open_player(args, progress)
+        self._player_failed = False
         if args.output is not None and getattr(args, "detach", False):
             raise ValueError("--detach waits for no output; leave out -o, and fetch it with: relay attach ID -o FILE")
         if self._pipe:
@@ -63,7 +67,7 @@ class Sink:
 
     async def attach_to(self, stream: Stream) -> None:
         """Process everything that arrives, until the end; raises like the stream."""
-        self._name = f"{self._name}-{stream.request_id[:8]}"
+        self._name, self._request_id = f"{self._name}-{stream.request_id[:8]}", stream.request_id
         try:
             async for event in stream.events():
                 if self._json:
@@ -75,10 +79,14 @@ class Sink:
                 self.line({"type": "failed", "request_id": fault.request_id, **error, "retryable": fault.retryable})
             raise
         finally:
-            if self._audio_s and not stream.ended:
+            if self._audio_s and not stream.ended and self._writer is not None:
                 self._progress.note(
                     f"{self._audio_s:.1f} s of audio were written to {self._where or 'standard output'}"
                 )
+        if self._player is not None:
+            # The last seconds are still to be heard.
+            await trio.to_thread.run_sync(self._player.finish, abandon_on_cancel=True)
+            self._check_player(stream.request_id)
         made = self._pictures if self._takes_video else self._audio_s or self._outputs
         if (self._takes_video or self._format is not None) and not made:
             what = "video of this" if self._takes_video else "audio of this"
@@ -89,7 +97,7 @@ class Sink:
 
     @property
     def _audio_s(self) -> float:
-        return self._writer.seconds if self._writer is not None else 0.0
+        return max((each.seconds for each in (self._writer, self._player) if each is not None), default=0.0)
 
     async def _on_event(self, event: Event) -> None:
         if isinstance(event, Queued):
@@ -129,16 +137,29 @@ class Sink:
             self._progress.note(f"the request starts over; {effect}")
 
     def _begin(self, audio_format: AudioFormat) -> None:
+        if self._player is not None:
+            self._player.begin(audio_format)
+            if self._player.fault:
+                self._progress.note(f"it is not played: {self._player.fault}")
+                self._player = None
+            elif self._writer is None:
+                return
         if self._writer is None:
             self._where = f"{self._name}.wav"
             self._writer = AudioWriter(Path(self._where))
         self._writer.begin(audio_format)
 
     async def _write(self, pcm: bytes) -> None:
-        if self._writer is None or self._writer.format is None:  # not before there is some: a file keeps what is in it
+        made = self._writer or self._player
+        if made is None or made.format is None:  # not before there is some: a file keeps what is in it
             if self._format is None:
                 raise ValueError("the request sends audio without having sent its format")
             self._begin(self._format)
+        if self._player is not None:
+            self._player.write(pcm)
+            self._check_player(self._request_id)
+            if self._writer is None:
+                return
         assert self._writer is not None
         if self._writer.is_file:
             self._writer.write(pcm)
@@ -182,6 +203,13 @@ class Sink:
         self._binary_bytes += len(data)
         await trio.to_thread.run_sync(self._writer.write_binary, data, abandon_on_cancel=self._pipe)
 
+    def _check_player(self, request_id: str) -> None:
+        if self._player is None or not self._player.fault or self._player_failed:
+            return
+        self._player_failed = True
+        advice = "" if self._writer is not None else f"; fetch the speech with: relay attach {request_id} -o FILE"
+        self._progress.note(f"it is not played on: {self._player.fault}{advice}")
+
     def line(self, value: Any) -> None:
         """Print a line: text as it is, made harmless for a terminal; everything else as JSON."""
         if not isinstance(value, str) or self._json:
@@ -191,9 +219,25 @@ class Sink:
         print(value, flush=True)
 
     def close(self) -> None:
-        """Leave a complete file behind, or none."""
+        """Leave a complete file behind, or none; and fall silent."""
+        if self._player is not None:
+            self._player.stop()
         if self._writer is not None:
             self._writer.close()
+
+
+def _open_player(args: argparse.Namespace, progress: Progress) -> Player | None:
+    """What the audio is played with, if it is to be: as told, or on a terminal with sound where no file is named."""
+    told: bool | None = getattr(args, "play", False)
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty() and not args.json and not getattr(args, "detach", False)
+    if told is False or (told is None and (args.output is not None or not on_terminal or not has_sound())):
+        return None
+    try:
+        return Player(find_player())
+    except PlayerFailed as fault:
+        if told:
+            progress.note(f"it is not played: {fault}")
+        return None
 
 
 def _event_json(event: Event) -> dict[str, Value]:
