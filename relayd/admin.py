@@ -1,5 +1,6 @@
 """Implements the admin commands: on a running daemon, through the socket in its state folder, else on its store."""
 
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,6 +11,7 @@ import attrs
 import trio
 
 from protocol.client.client import RelayClient, open_relay
+from protocol.commands.id_prefix import MAX_TOLD, AmbiguousId, find_request_id
 from protocol.wire.errors import ConnectError, LinkError, LoginRefused, RequestRejected
 from protocol.wire.messages import Rejected, Snapshot
 from protocol.wire.validators import Value
@@ -96,6 +98,19 @@ class Admin(Protocol):
     async def drain(self) -> int:
         """Tell the daemon to finish the running requests and exit; returns their number."""
 
+    async def steer(self, action: str, target: str) -> Row:
+        """Carry out an action that needs no options; returns what the daemon answers."""
+
+    async def find(self, topic: str, given: str) -> str:
+        """Return the id of the worker, request or client that `given` is the id, the name or the beginning of.
+
+        Raises:
+            ValueError: there is none, or there are several.
+        """
+
+    async def wait_idle(self, worker_ids: list[str]) -> None:
+        """Return when none of these workers runs anything, for however long that takes."""
+
 
 @asynccontextmanager
 async def open_admin(config: Config) -> AsyncIterator[Admin]:
@@ -106,10 +121,10 @@ async def open_admin(config: Config) -> AsyncIterator[Admin]:
     """
     path = config.socket_path
     try:
-        with trio.fail_after(ANSWER_S):
+        with trio.fail_after(ANSWER_S) as deadline:
             async with AsyncExitStack() as stack:
                 if path is not None and (relay := await _connect(stack, path)) is not None:
-                    yield Online(relay)
+                    yield Online(relay, deadline)
                     return
     except RequestRejected as fault:
         raise AdminError(fault.message) from None
@@ -153,6 +168,7 @@ class Online:
     """The commands on a running daemon."""
 
     relay: RelayClient
+    deadline: trio.CancelScope
 
     async def create_space(self, name: str, options: dict[str, Value]) -> None:
         """See `Admin`."""
@@ -243,6 +259,33 @@ class Online:
         """See `Admin`."""
         running: int = (await self.relay.steer("drain"))["running"]
         return running
+
+    async def steer(self, action: str, target: str) -> Row:
+        """See `Admin`."""
+        try:
+            return await self.relay.steer(action, target)
+        except RequestRejected as fault:
+            raise AdminError(fault.message) from None
+
+    async def find(self, topic: str, given: str) -> str:
+        """See `Admin`."""
+        if topic == "requests":
+            return await find_request_id(self.relay, given)
+        return pick(await self.rows(topic), topic, given)
+
+    async def wait_idle(self, worker_ids: list[str]) -> None:
+        """See `Admin`."""
+        self.deadline.deadline = math.inf
+        busy = set(worker_ids)
+        async with self.relay.watch(["workers"]) as watch:
+            async for change in watch:
+                rows = {row["worker_id"]: row for row in change.data.get("workers", [])}
+                if isinstance(change, Snapshot):
+                    busy &= rows.keys()
+                busy -= {key for key, row in rows.items() if not row.get("busy")}
+                busy -= set(getattr(change, "gone", {}).get("workers", ()))
+                if not busy:
+                    return
 
 
 @attrs.define
@@ -418,3 +461,37 @@ class Offline:
     async def drain(self) -> int:
         """See `Admin`."""
         raise NotRunning(f"no relay runs on {self.config.state_dir}")
+
+    async def steer(self, action: str, target: str) -> Row:
+        """See `Admin`."""
+        raise NotRunning(f"no relay runs on {self.config.state_dir}; start it with relayd serve")
+
+    async def find(self, topic: str, given: str) -> str:
+        """See `Admin`."""
+        del topic
+        return given
+
+    async def wait_idle(self, worker_ids: list[str]) -> None:
+        """See `Admin`."""
+
+
+#: Topic -> the key of its rows, and further names that people use for them.
+_NAMES = {"workers": ("worker_id", "name"), "clients": ("connection_id", "principal")}
+
+
+def pick(rows: list[Row], topic: str, given: str) -> str:
+    """Return the id of the row that `given` is the id, the name or the beginning of.
+
+    Raises:
+        ValueError: no row fits, or several do (`AmbiguousId`).
+    """
+    key, *names = _NAMES[topic]
+    exact = [row for row in rows if given in (row.get(key), *(row.get(name) for name in names))]
+    found = exact or [row for row in rows if given and str(row.get(key)).startswith(given)]
+    if not found:
+        there = ", ".join(str(row.get(key)) for row in rows[:MAX_TOLD]) or "none"
+        raise ValueError(f"none of the {topic} is called {given!r}; connected: {there}")
+    if len(found) > 1:
+        told = {str(row[key]): ", ".join(str(row.get(name)) for name in ("state", *names)) for row in found[:MAX_TOLD]}
+        raise AmbiguousId(given, topic.removesuffix("s"), len(found), told)
+    return str(found[0][key])

@@ -8,7 +8,7 @@ import attrs
 import trio
 
 from protocol.arguments import fault_line
-from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED
+from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, FAILED, USAGE, Told
 from protocol.commands.listing import chosen
 from protocol.commands.progress import table
 from protocol.printable import printable, printable_json
@@ -31,6 +31,15 @@ def run_admin(args: argparse.Namespace, config: Config) -> int:
 
     try:
         trio.run(work)
+    except Told:
+        return FAILED
+    except ValueError as fault:
+        details, as_json = getattr(fault, "details", {}), getattr(args, "json", False)
+        print(fault_line("relayd", printable(str(fault)), "usage", details, as_json=as_json), file=sys.stderr)
+        if not as_json:
+            for name, what in details.items():
+                print("relayd:   " + printable(f"{name}: {what}"), file=sys.stderr)
+        return USAGE
     except (AdminError, StoreError) as fault:
         code, word = (CANNOT_CONNECT, "cannot_connect") if isinstance(fault, NotRunning) else (FAILED, "failed")
         as_json = getattr(args, "json", False)
@@ -165,6 +174,48 @@ async def _drain(admin: Admin, args: argparse.Namespace) -> None:
     print(f"the relay accepts nothing new and exits when its running requests have ended ({running})", file=sys.stderr)
 
 
+async def _clients(admin: Admin, args: argparse.Namespace) -> None:
+    columns = ("connection_id", "principal", "role", "agent", "peer", "requests", "readers", "pending_bytes")
+    _print_rows(chosen(await admin.rows("clients"), args), columns, args.json)
+
+
+#: Command -> the steer that it sends, the topic of its targets, and what is said of each.
+STEERS = {
+    "worker drain": ("drain_worker", "workers", "finishes what runs, takes no more and leaves"),
+    "worker cordon": ("cordon_worker", "workers", "finishes what runs, takes no more and stays"),
+    "worker undrain": ("undrain_worker", "workers", "takes requests again"),
+    "request cancel": ("cancel", "requests", "is cancelled"),
+    "request promote": ("promote", "requests", "is the first of its queue"),
+    "client disconnect": ("disconnect", "clients", "is disconnected; it may come back by itself"),
+}
+
+
+async def _steer(admin: Admin, args: argparse.Namespace) -> None:
+    """Carry out an action on each of its targets, also when one is refused; not before all of them are clear."""
+    action, topic, effect = STEERS[args.command]
+    targets = list(dict.fromkeys([await admin.find(topic, given) for given in args.targets]))
+    answers: list[Row] = []
+    done: list[str] = []
+    for target in targets:
+        try:
+            answers.append({"action": action, "target": target, "done": True, **await admin.steer(action, target)})
+            done.append(target)
+            if not args.json:
+                print(printable(f"{topic.removesuffix('s')} {target} {effect}"), file=sys.stderr)
+        except NotRunning:
+            raise
+        except AdminError as fault:
+            answers.append({"action": action, "target": target, "done": False, "message": str(fault)})
+            if not args.json:
+                print(fault_line("relayd", printable(str(fault)), "failed", as_json=False), file=sys.stderr)
+    if getattr(args, "wait", False):
+        await admin.wait_idle(done)
+    if args.json:
+        print(printable_json(answers))
+    if len(done) < len(targets):
+        raise Told
+
+
 def _print_rows(rows: list[Row], columns: Sequence[str], as_json: bool) -> None:
     if as_json:
         print(printable_json(rows))
@@ -198,5 +249,7 @@ COMMANDS: Mapping[str, Callable[[Admin, argparse.Namespace], Awaitable[None]]] =
     "user invite": _user_invite,
     "workers": _workers,
     "requests": _requests,
+    "clients": _clients,
     "drain": _drain,
+    **dict.fromkeys(STEERS, _steer),
 }

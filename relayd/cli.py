@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,42 @@ def _parser() -> argparse.ArgumentParser:
     add_filters(add("workers", "list the workers of the running relay", listing), "space", "state", "principal")
     requests = add("requests", "list the requests of the running relay, the latest first", listing)
     add_filters(requests, "space", "state", "principal")
+    clients = add("clients", "list the connected clients and operators of the running relay", listing)
+    add_filters(clients, "principal")
+    steering = argparse.ArgumentParser(add_help=False, parents=[common])
+    steering.add_argument("--json", action="store_true", help="print one JSON array, and errors as JSON")
+    steer = partial(_add_steer, add, commands, steering)
+    steer("worker", "drain, cordon and undrain workers", "id, name, or the beginning of an id", _WORKER)
+    steer("request", "cancel and promote requests", "id, or its beginning", _REQUEST)
+    steer("client", "disconnect clients", "connection id or its beginning, or the principal if it has one", _CLIENT)
     add("drain", "make the running relay finish its running requests and exit")
     return parser
+
+
+_WORKER = {
+    "drain": "let a worker finish what runs, give it no more, and have it leave",
+    "cordon": "let a worker finish what runs, and give it no more; it stays connected",
+    "undrain": "give a drained or cordoned worker requests again",
+}
+_REQUEST = {"cancel": "cancel requests", "promote": "put queued requests before all others of their spaces"}
+_CLIENT = {"disconnect": "close the connections of clients or operators"}
+
+
+def _add_steer(
+    add: Callable[..., argparse.ArgumentParser],
+    commands: Any,
+    parent: argparse.ArgumentParser,
+    what: str,
+    summary: str,
+    target: str,
+    actions: Mapping[str, str],
+) -> None:
+    under = commands.add_parser(what, help=summary).add_subparsers(metavar="WHAT", required=True)
+    for action, text in actions.items():
+        command = add(f"{what} {action}", text, parent, under)
+        command.add_argument("targets", nargs="+", metavar="ID", help=f"{target}; several may be given")
+        if action in ("drain", "cordon"):
+            command.add_argument("--wait", action="store_true", help="return when it runs nothing any more")
 
 
 def _space_options(create: argparse.ArgumentParser) -> None:

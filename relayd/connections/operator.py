@@ -37,7 +37,7 @@ READ_ONLY_ACTIONS = frozenset({"describe", "list_tokens", "list_users"})
 STORED_ACTIONS = frozenset(
     {
         *("cancel", "promote", "pause_space", "resume_space", "change_space", "revoke_token", "drain_worker"),
-        *("undrain_worker", "end_talk"),
+        *("cordon_worker", "undrain_worker", "end_talk"),
     }
 )
 NOT_STORED = (
@@ -183,6 +183,12 @@ class OperatorHandler(ClientHandler):
         if steer.target not in self.relay.workers:
             return self._no_worker(steer.target)
         self.relay.workers.drain_by_operator(steer.target, f"drained by operator {self.principal.name}")
+        return {}
+
+    async def _cordon_worker(self, steer: Steer) -> Answer:
+        if steer.target not in self.relay.workers:
+            return self._no_worker(steer.target)
+        self.relay.workers.cordon(steer.target)
         return {}
 
     async def _undrain_worker(self, steer: Steer) -> Answer:
@@ -344,6 +350,7 @@ ACTIONS: Mapping[str, Callable[[OperatorHandler, Steer], Awaitable[Answer]]] = {
     "cancel": OperatorHandler._cancel_request,
     "promote": OperatorHandler._promote,
     "drain_worker": OperatorHandler._drain_worker,
+    "cordon_worker": OperatorHandler._cordon_worker,
     "undrain_worker": OperatorHandler._undrain_worker,
     "pause_space": OperatorHandler._pause_space,
     "resume_space": OperatorHandler._resume_space,

@@ -48,7 +48,7 @@ async def restore(relay: Relay, loaded: Loaded) -> None:
     if len(loaded.damaged) > MAX_REPORTED:
         log.error("store has more damaged records", records=len(loaded.damaged) - MAX_REPORTED)
     relay.records_set_aside = len(loaded.damaged)
-    relay.workers.drained.update(dict.fromkeys(loaded.drains))
+    relay.workers.drained.update(loaded.drains)
     records = {record.name: record for record in loaded.spaces}
     for name, config in relay.config.spaces.items():
         record = records.pop(name, SpaceRecord(name=name, created_at=time.time()))

@@ -35,8 +35,8 @@ class Workers(Mapping[str, WorkerPort]):
 
     relay: RelayState
     spaces: Spaces
-    #: Those that operators have drained, connected or not; the first comes first.
-    drained: dict[str, None] = attrs.field(factory=dict)
+    #: Those that operators have drained, connected or not, the first comes first; and whether each is cordoned.
+    drained: dict[str, bool] = attrs.field(factory=dict)
     _connected: dict[str, WorkerPort] = attrs.field(factory=dict)
     #: Worker id -> its principal.
     _owners: dict[str, str] = attrs.field(factory=dict)
@@ -151,7 +151,7 @@ class Workers(Mapping[str, WorkerPort]):
         waiting for it, and its attempts are lost. If the spaces have room for both, they may be two workers whose
         connections broke at the same time.
         """
-        if worker_id in self.drained:
+        if self.drained.get(worker_id) is False:
             self._connected[worker_id].drain("drained by an operator")  # it may not have received the first message
         own_name, port = _name(worker_id, register.instance), self._connected[worker_id]
         for worker in list(self.relay.scheduler.state.workers.values()):
@@ -202,14 +202,25 @@ class Workers(Mapping[str, WorkerPort]):
 
     def drain_by_operator(self, worker_id: str, reason: str) -> None:
         """Drain a connected worker, also after a restart of the relay or a cut."""
-        self.drained[worker_id] = None
-        self.relay.store.post(PutDrain(worker_id))
+        self._remember_drain(worker_id, cordon=False)
+        self.drain(worker_id)
+        self._connected[worker_id].drain(reason)
+
+    def cordon(self, worker_id: str) -> None:
+        """Start no more requests on a connected worker, which stays; also after a restart of the relay or a cut."""
+        if self.drained.get(worker_id) is False:
+            self._connected[worker_id].undrain()  # it does not leave, if it has not left yet
+        self._remember_drain(worker_id, cordon=True)
+        self.drain(worker_id)
+        self.relay.mark_changed("workers", worker_id)
+
+    def _remember_drain(self, worker_id: str, *, cordon: bool) -> None:
+        self.drained[worker_id] = cordon
+        self.relay.store.post(PutDrain(worker_id, cordon))
         if len(self.drained) > MAX_DRAINED:
             oldest = next(iter(self.drained))
             del self.drained[oldest]
             self.relay.store.post(DeleteDrain(oldest))
-        self.drain(worker_id)
-        self._connected[worker_id].drain(reason)
 
     def undrain(self, worker_id: str) -> None:
         """Start requests on a worker again."""

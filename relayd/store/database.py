@@ -140,6 +140,7 @@ _MIGRATIONS = (
     CREATE TABLE invites (invite_id TEXT PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE, role TEXT NOT NULL,
         created_at REAL NOT NULL, expires_at REAL NOT NULL);
     """,
+    "ALTER TABLE drains ADD COLUMN cordon INTEGER NOT NULL DEFAULT 0;",
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 #: What is read of each table; one that lacks any of it is damaged.
@@ -154,7 +155,7 @@ COLUMNS = {
         "stopping, worker_id, promoted, since, away_since, created_at, ended_at, code, message, outcome"
     ),
     "clock": "uptime_s",
-    "drains": "worker_id",
+    "drains": "worker_id, cordon",
     "workers": "worker_id, space",
     "inputs": "request_id, name, data",
     "talks": "talk_id, principal, user, session, instructions, created_at, touched_at",
@@ -263,7 +264,7 @@ class Database:
             return tuple(_parsed(rows, table, parse, damaged))
 
         try:
-            drains = [name for (name,) in self._reader.execute("SELECT worker_id FROM drains ORDER BY rowid")]
+            drains = [tuple(row) for row in self._reader.execute("SELECT worker_id, cordon FROM drains ORDER BY rowid")]
             workers = [tuple(row) for row in self._reader.execute("SELECT worker_id, space FROM workers")]
             times = [time for (time,) in self._reader.execute("SELECT uptime_s FROM clock")]
             spaces, tokens = records("spaces", "name", _space), records("tokens", "created_at, token_id", _token)
@@ -278,7 +279,7 @@ class Database:
                 invites=records("invites", "created_at, invite_id", _row_of(InviteRecord)),
                 requests=tuple(each for each in requests if ("requests", each.request_id) not in damaged),
                 live_inputs=live_inputs,
-                drains=tuple(name for name in drains if isinstance(name, str)),
+                drains=tuple((name, bool(cordon)) for name, cordon in drains if isinstance(name, str)),
                 workers=tuple(
                     (one, space) for one, space in workers if isinstance(one, str) and isinstance(space, str)
                 ),
@@ -468,8 +469,8 @@ def _statements(change: Change) -> list[Statement]:
             return [update, *_drop_inputs(request_id)] if change.ends else [update]
         case DeleteRequest(request_id):
             return [("DELETE FROM requests WHERE request_id = ?", (request_id,)), *_drop_inputs(request_id)]
-        case PutDrain(worker_id):
-            return [("INSERT OR IGNORE INTO drains (worker_id) VALUES (?)", (worker_id,))]
+        case PutDrain(worker_id, cordon):
+            return [("INSERT OR REPLACE INTO drains (worker_id, cordon) VALUES (?, ?)", (worker_id, cordon))]
         case DeleteDrain(worker_id):
             return [("DELETE FROM drains WHERE worker_id = ?", (worker_id,))]
         case PutWorker(worker_id, space):

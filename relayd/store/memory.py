@@ -58,7 +58,7 @@ class MemoryStore(Store):
         self._inputs: dict[str, dict[str, bytes]] = {}
         self._live_inputs: dict[str, dict[str, bytearray]] = {}
         self._ended_inputs: set[tuple[str, str]] = set()
-        self._drains: dict[str, None] = {}
+        self._drains: dict[str, bool] = {}
         self._workers: dict[tuple[str, str], None] = {}
         self._talks: dict[str, TalkRecord] = {}
         self._turns: dict[str, dict[int, TurnRecord]] = {}
@@ -81,7 +81,7 @@ class MemoryStore(Store):
                 }
                 for request_id, each in self._live_inputs.items()
             },
-            drains=tuple(self._drains),
+            drains=tuple(self._drains.items()),
             workers=tuple(self._workers),
             uptime_s=self._uptime_s,
             talks=tuple(sorted(self._talks.values(), key=lambda record: (record.created_at, record.talk_id))),
@@ -144,8 +144,8 @@ class MemoryStore(Store):
             case DeleteRequest(request_id):
                 self._requests.pop(request_id, None)
                 self._drop_inputs(request_id)
-            case PutDrain(worker_id):
-                self._drains[worker_id] = None
+            case PutDrain(worker_id, cordon):
+                self._drains[worker_id] = cordon
             case DeleteDrain(worker_id):
                 self._drains.pop(worker_id, None)
             case PutWorker(worker_id, space):

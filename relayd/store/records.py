@@ -387,9 +387,10 @@ class DeleteRequest:
 
 @attrs.frozen
 class PutDrain:
-    """A worker was drained by an operator: it is to be given no requests."""
+    """A worker was drained by an operator: it is to be given no requests. With `cordon` it is to stay connected."""
 
     worker_id: str
+    cordon: bool = False
 
 
 @attrs.frozen
@@ -495,7 +496,7 @@ class Loaded:
     Args:
         requests: in the order of their tickets.
         live_inputs: request id -> name -> what is stored of each live input of a live request that has pieces.
-        drains: ids of drained workers, in the order in which they were drained.
+        drains: ids of drained workers, in the order in which they were drained; and whether each is cordoned.
         workers: (worker id, space) of the workers that were connected.
         uptime_s: the last stored value of the relay's clock.
         talks: in the order in which they were created.
@@ -511,7 +512,7 @@ class Loaded:
     invites: tuple[InviteRecord, ...] = ()
     requests: tuple[RequestRecord, ...] = ()
     live_inputs: Mapping[str, Mapping[str, StoredInput]] = attrs.field(factory=dict)
-    drains: tuple[str, ...] = ()
+    drains: tuple[tuple[str, bool], ...] = ()
     workers: tuple[tuple[str, str], ...] = ()
     uptime_s: float = 0.0
     talks: tuple[TalkRecord, ...] = ()

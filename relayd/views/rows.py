@@ -159,7 +159,7 @@ def watched_space_row(relay: Relay, name: str) -> Row | None:
 def worker_row(relay: Relay, worker_id: str) -> Row | None:
     """Return the row of a worker; None if it is unknown.
 
-    Its `state` is `idle`, `busy`, `draining`, `resting`, `stale` (connected, but silent) or `away`.
+    Its `state` is `idle`, `busy`, `draining`, `cordoned`, `resting`, `stale` (connected, but silent) or `away`.
     """
     worker = relay.scheduler.state.workers.get(worker_id)
     if worker is None:
@@ -172,7 +172,7 @@ def worker_row(relay: Relay, worker_id: str) -> Row | None:
     elif silent_s > STALE_PINGS * relay.config.limits.ping_interval_s:
         state = "stale"
     elif worker.draining:
-        state = "draining"
+        state = "cordoned" if relay.workers.drained.get(worker_id) else "draining"
     elif relay.scheduler.state.is_resting(worker):
         state = "resting"
     else:

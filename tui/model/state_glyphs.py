@@ -42,6 +42,7 @@ GLYPHS: dict[Kind, dict[str, Glyph]] = {
         "stale": Glyph("▲", "bad", 4),
         "away": Glyph("✗", "bad", 3),
         "draining": Glyph("▽", "warn", 2),
+        "cordoned": Glyph("‖", "warn", 2),
         "resting": Glyph("‖", "bad", 2),
         "busy": Glyph("●", "busy", 1),
         "idle": Glyph("○", "idle"),

@@ -14,11 +14,12 @@ import pytest
 import trio
 
 from protocol.wire.errors import LinkBroken, LoginRefused
+from protocol.wire.messages import Accepted, Done, Drain, Registered, Steer, Undrain
 from relayd.admin import AdminError, NotRunning, open_admin
 from relayd.cli import main
 from relayd.config.loader import load_config
-from tests.support.fake_worker import fake_worker
-from tests.support.relay import Daemon, a_submit, daemon, kept_logs, peer, until
+from tests.support.fake_worker import fake_worker, samples
+from tests.support.relay import Daemon, a_submit, an_id, daemon, kept_logs, peer, until
 
 CONFIG = 'listen = ""\n[spaces.tts]\ndescription = "of the file"\n'
 
@@ -359,3 +360,143 @@ async def test_a_program_gets_the_same_as_errors(tmp_path: Path) -> None:
         with pytest.raises(AdminError, match=r"is defined in relayd\.toml"):
             async with open_admin(config) as admin:
                 await admin.delete_space("tts")
+
+
+# -- steering --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_workers_are_drained_cordoned_and_undrained_by_any_of_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        relay = shell.relay
+        assert relay is not None
+
+        async def states() -> dict[str, str]:
+            return {row["name"]: row["state"] for row in await shell.rows("workers")}
+
+        async with (
+            fake_worker(relay.url, name="one") as first,
+            fake_worker(relay.url, name="two", spaces=("check",)) as second,
+        ):
+            ids = {}
+            for name, worker in (("one", first), ("two", second)):
+                ids[name] = (await worker.peer.next(Registered)).worker_id
+            _, said = await shell.run("worker", "cordon", "one")
+            assert f"worker {ids['one']} finishes what runs, takes no more and stays" in said
+            assert await states() == {"one": "cordoned", "two": "idle"}
+            answers = await shell.rows("worker", "drain", ids["two"][:6], ids["one"])
+            assert answers == [{"action": "drain_worker", "target": ids[name], "done": True} for name in ("two", "one")]
+            for worker in (first, second):
+                await worker.peer.next(Drain)
+            assert await states() == {"one": "draining", "two": "draining"}
+            await shell.run("worker", "cordon", "two")
+            await second.peer.next(Undrain)
+            await shell.run("worker", "undrain", "one", "two")
+            assert await states() == {"one": "idle", "two": "idle"}
+            assert f"connected: {', '.join(sorted(ids.values()))}" in await shell.fails("worker", "drain", "x", code=2)
+
+
+@pytest.mark.trio
+async def test_the_beginning_of_several_workers_is_refused_with_their_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        relay = shell.relay
+        assert relay is not None
+        async with fake_worker(relay.url, name="gpu-a"), fake_worker(relay.url, name="gpu-b", spaces=("check",)):
+            await until(lambda: len(relay.relay.workers) == 2)
+            _, err = await shell.run("worker", "drain", "gpu", code=2)
+            assert err.splitlines()[0] == "relayd: 'gpu' is the beginning of 2 worker ids; give more of one of them"
+            assert [line.split(": ")[1].rpartition("-")[0] for line in err.splitlines()[1:]] == ["  gpu-a", "  gpu-b"]
+            assert {row["state"] for row in await shell.rows("workers")} == {"idle"}
+
+
+@pytest.mark.trio
+async def test_a_cordoned_worker_finishes_and_gets_nothing_new_also_after_a_restart(tmp_path: Path) -> None:
+    instance = an_id()
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance) as worker,
+        peer(relay.url, "operator") as operator,
+    ):
+        worker_id = (await worker.peer.next(Registered)).worker_id
+        first, second = a_submit(), a_submit(detach=True)
+        operator.send(first)
+        assign = await worker.assigned()
+        operator.send(Steer(action="cordon_worker", target=worker_id))
+        await operator.next(Done)
+        operator.send(second)
+        await operator.next(Accepted)
+        worker.speak(assign, [samples(10)])
+        await operator.frames(first)
+        assert relay.relay.requests[second.request_id].entry.state == "queued"
+    async with (
+        daemon(tmp_path, store="sqlite") as relay,
+        fake_worker(relay.url, instance=instance) as worker,
+        peer(relay.url, "operator") as operator,
+    ):
+        await worker.peer.settled()  # it was sent no drain
+        assert relay.relay.scheduler.state.workers[worker_id].draining
+        operator.send(Steer(action="undrain_worker", target=worker_id))
+        await operator.next(Done)
+        assert (await worker.assigned()).request_id == second.request_id
+
+
+@pytest.mark.trio
+async def test_a_drain_can_be_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        relay = shell.relay
+        assert relay is not None
+        async with (
+            fake_worker(relay.url) as worker,
+            peer(relay.url, "client") as client,
+            trio.open_nursery() as nursery,
+        ):
+            client.send(a_submit())
+            assign = await worker.assigned()
+            ended = trio.Event()
+
+            async def drain() -> None:
+                await shell.run("worker", "cordon", "box", "--wait")
+                ended.set()
+
+            nursery.start_soon(drain)
+            await until(lambda: relay.relay.scheduler.state.workers[next(iter(relay.relay.workers))].draining)
+            assert not ended.is_set()
+            worker.speak(assign, [samples(10)])
+            await ended.wait()
+
+
+@pytest.mark.trio
+async def test_requests_are_promoted_and_cancelled_and_clients_disconnected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with a_shell(tmp_path, capsys, online=True) as shell:
+        relay = shell.relay
+        assert relay is not None
+        async with peer(relay.url, "client") as client:
+            submits = [a_submit(request_id=first * 32) for first in "ab"]
+            for submit in submits:
+                client.send(submit)
+                await client.next(Accepted)
+            await shell.run("request", "promote", "b")
+            assert relay.relay.requests["b" * 32].entry.promoted == 1
+            out, err = await shell.run("request", "cancel", "a", "c" * 32, code=1)
+            assert f"request {'a' * 32} is cancelled" in err
+            assert "is unknown" in err
+            assert relay.relay.requests["a" * 32].entry.state == "cancelled"
+            (row,) = await shell.rows("clients", "--limit", "1")
+            (answer,) = await shell.rows("client", "disconnect", client.welcome.connection_id)
+            assert answer["done"] is True
+            await until(lambda: client.welcome.connection_id not in relay.relay.clients)
+            assert out == ""
+            assert row["principal"]
+
+
+@pytest.mark.trio
+async def test_nothing_is_steered_without_a_running_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with a_shell(tmp_path, capsys, online=False) as shell:
+        for command in (("worker", "drain", "x"), ("request", "cancel", "ab"), ("client", "disconnect", "x")):
+            assert f"no relay runs on {tmp_path}" in await shell.fails(*command, code=3)

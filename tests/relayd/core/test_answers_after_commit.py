@@ -310,7 +310,7 @@ async def test_a_worker_stays_drained_over_a_restart_until_it_is_undrained(tmp_p
             operator.send(Steer(action="drain_worker", target=worker_id))
             assert await heard(operator) == []
         await operator.next(Done)
-        assert in_store(relay).drains == (worker_id,)
+        assert in_store(relay).drains == ((worker_id, False),)
         await accepted(operator)
     async with (
         daemon(tmp_path, **SQLITE) as relay,
