@@ -59,10 +59,26 @@ def _parser() -> argparse.ArgumentParser:
     say = add("say", "Speak a text: play the speech as it comes, or write it to a file.", [output], _add_submit_options)
     say.add_argument(
         "text",
-        nargs="+",
+        nargs="*",
         metavar="TEXT",
         help="text to speak, in one or more words; - reads it from standard input, and speaks while it is written "
         "where the space can",
+    )
+    say.add_argument(
+        "--lines",
+        metavar="FILE",
+        help="speak each line of a file (-: standard input) into a file of its own, and go on where an earlier run "
+        "stopped; a line that is a JSON object has params, and with file the name of its output",
+    )
+    say.add_argument("--out-dir", metavar="FOLDER", help="where --lines writes 00001.wav, 00002.wav, ...")
+    say.add_argument("--suffix", default=".wav", help="of the files of --lines, as for -o (default: %(default)s)")
+    say.add_argument(
+        "--jobs",
+        type=int,
+        choices=range(1, 65),
+        default=4,
+        metavar="N",
+        help="lines at once, 1..64 (default: %(default)s)",
     )
     _add_play(say, "where a terminal has a sound card, and -o is not given")
     say.add_argument("--space", default="tts", help="space to submit to (default: %(default)s)")
@@ -209,7 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None uses those of the process.
     """
     open_closed_streams()
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "say" and bool(args.text) is (args.lines is not None):
+        parser.error("say: TEXT or --lines FILE is required, and not both")
     progress = Progress(sys.stderr, quiet=args.quiet, as_json=args.json)
     try:
         if args.command == "talk":

@@ -14,6 +14,7 @@ import trio
 from protocol.client.client import RelayClient, open_relay
 from protocol.client.contexts import choose_login
 from protocol.client.inputs import TEXT, From, InputSource
+from protocol.commands.batch import Batch, open_batch
 from protocol.commands.exit_codes import DONE, INTERRUPTED, Told
 from protocol.commands.id_prefix import check_request_id, find_request_id
 from protocol.commands.listing import chosen
@@ -90,6 +91,11 @@ async def say(args: argparse.Namespace, progress: Progress) -> None:
     """Speak a text."""
     if any(name == "text" for name, _value in args.param):
         raise ValueError("--param text=... and TEXT are the same param; give one of them")
+    if args.lines is not None:
+        lines, log = open_batch(args, {name: _parsed(value) for name, value in args.param})
+        async with _open(args, progress) as relay:
+            await Batch(args, progress, relay, log, of=len(lines)).run(lines)
+        return
     text = " ".join(args.text)
     if text == "-":
         await _submit(args, progress, {}, stdin="text")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 REDRAW_S = 0.1
 #: Seconds between lines in a log.
 PLAIN_S = 5.0
+#: Width of the bar of a batch.
+BAR_CELLS = 30
 
 
 class Progress:
@@ -74,6 +76,13 @@ class Progress:
     def pictures(self, count: int) -> None:
         """Show how many pictures of a video have arrived."""
         self._status(f"{count} pictures", urgent=False)
+
+    def batch(self, done: int, of: int, failed: int, left_s: float) -> None:
+        """Show how many lines of a batch have ended, as a bar on a terminal."""
+        filled = BAR_CELLS * done // of
+        bar = f"[{'#' * filled}{'.' * (BAR_CELLS - filled)}] " if self._live else ""
+        told = f", {failed} failed" if failed else ""
+        self._status(f"{bar}{done}/{of}{told}, about {_seconds(left_s)} left", urgent=False)
 
     def completed(self, seconds: float, where: str, *, cached: bool = False, pictures: int = 0) -> None:
         """Show the successful end; `seconds` of audio or `pictures`, 0 if there were none.
