@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from protocol.arguments import CommandParser, ShowVersion, fault_line
+from protocol.arguments import CommandParser, add_about, fault_line
 from protocol.commands.exit_codes import DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="gpuworker", description="Serve an engine on this machine through a relay.")
-    parser.add_argument("--version", action=ShowVersion)
+    add_about(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(

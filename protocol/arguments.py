@@ -27,10 +27,14 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like `ArgumentParser.parse_known_args`."""
         self._as_json = "--json" in (sys.argv[1:] if args is None else args)
+        self.add_late_arguments()
+        return super().parse_known_args(args, namespace)
+
+    def add_late_arguments(self) -> None:
+        """Add the arguments that were put off, if they were not added yet."""
         if self._late is not None:
             self._late(self)
             self._late = None
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Report wrong usage as `ArgumentParser.error` does, and with `--json` as JSON."""
@@ -93,6 +97,31 @@ def _at_least_1(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+class ShowManual(argparse.Action):
+    """Prints the completion script of the shell that is given, or the man page of an option without a value."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, _namespace: object, value: Any, _option: object = None) -> None:
+        """Print, and exit."""
+        from protocol.manual import completion, man_page
+
+        try:
+            print(completion(parser, value) if isinstance(value, str) else man_page(parser), end="")
+        except ValueError as fault:
+            parser.error(str(fault))
+        parser.exit()
+
+
+def add_about(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`, `--completion` and `--man`, which all four programs have."""
+    parser.add_argument("--version", action=ShowVersion)
+    summary = "print the completion script of a shell and exit"
+    parser.add_argument("--completion", action=ShowManual, choices=("bash", "zsh", "fish"), help=summary)
+    parser.add_argument("--man", action=ShowManual, nargs=0, help="print the man page, in roff, and exit")
 
 
 class ShowVersion(argparse.Action):

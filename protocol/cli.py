@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion, add_filters, add_login
+from protocol.arguments import CommandParser, add_about, add_filters, add_login
 from protocol.commands.exit_codes import (
     CANNOT_CONNECT,
     FAILED,
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=ShowVersion)
+    add_about(parser)
     commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common, output = _common(), _output()
 
@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     context = add("context", "Keep relays by name: a URL and a token each; the one in use is everybody's default.")
     context.add_argument("what", choices=("add", "list", "use", "remove"), help="what to do")
     context.add_argument("name", nargs="?", metavar="NAME", help="name of the context, but for list")
+    complete = commands.add_parser("completion", help="Print the completion script of a shell; as --completion.")
+    complete.add_argument("shell", choices=("bash", "zsh", "fish"))
     watch = add("watch", "Follow everything that happens (for operators).")
     watch.add_argument(
         "topics",
@@ -227,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_closed_streams()
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.command == "completion":
+        parser.parse_args(["--completion", args.shell])
     if args.command == "say" and bool(args.text) is (args.lines is not None):
         parser.error("say: TEXT or --lines FILE is required, and not both")
     progress = Progress(sys.stderr, quiet=args.quiet, as_json=args.json)

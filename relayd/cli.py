@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion, add_filters
+from protocol.arguments import CommandParser, add_about, add_filters
 from protocol.commands.exit_codes import INTERRUPTED, open_closed_streams
 
 
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = argparse.ArgumentParser(add_help=False, parents=[common])
     listing.add_argument("--json", action="store_true", help="print one JSON array; errors as JSON, too")
     parser = CommandParser(prog="relayd", description="Use a GPU that has no public address.")
-    parser.add_argument("--version", action=ShowVersion)
+    add_about(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(

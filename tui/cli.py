@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.arguments import CommandParser, ShowVersion, add_login, fault_line
+from protocol.arguments import CommandParser, add_about, add_login, fault_line
 from protocol.commands.exit_codes import CANNOT_CONNECT, DONE, INTERRUPTED, USAGE, open_closed_streams, silence_stdout
 from protocol.install_hint import install_command
 from protocol.printable import printable, printable_json
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="relay-tui", description="Watch and steer a relay: its spaces, workers, requests and clients."
     )
-    parser.add_argument("--version", action=ShowVersion)
+    add_about(parser)
     add_login(parser)
     parser.add_argument("--readonly", action="store_true", help="watch without steering; the relay enforces it")
     parser.add_argument("--once", action="store_true", help="print the overview once and exit")
