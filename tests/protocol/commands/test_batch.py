@@ -189,8 +189,8 @@ def test_text_and_lines_do_not_go_together(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_rows_of_a_batch_are_typed() -> None:
-    lines: list[Any] = list(read_lines(["a", "", "b"], {"n": 1}, ".opus"))
+    lines: list[Any] = list(read_lines(["a", "", "b"], {"n": 1}, ".wav"))
     assert [(line.number, line.file, line.params) for line in lines] == [
-        (1, "00001.opus", {"n": 1, "text": "a"}),
-        (3, "00003.opus", {"n": 1, "text": "b"}),
+        (1, "00001.wav", {"n": 1, "text": "a"}),
+        (3, "00003.wav", {"n": 1, "text": "b"}),
     ]
