@@ -15,6 +15,7 @@ from relayd.auth.tokens import Principal, iso_time
 from relayd.auth.users import NewSession
 from relayd.core.accounts import COOKIE, ELSEWHERE, OFF, SECURE_COOKIE, Accounts
 from relayd.http.authentication import address_of, visit_of
+from relayd.http.body_parser import read_all
 from relayd.http.context import context_of
 from relayd.http.errors import HttpError
 from relayd.http.openai.json_body import invalid, read_fields
@@ -103,12 +104,7 @@ def _accounts(http: Request) -> Accounts:
 
 async def _texts(http: Request, *names: str) -> list[str]:
     """Read fields of the body, all of which must be there."""
-    body = bytearray()
-    async for piece in http.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise HttpError(ErrorCode.INPUT_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
-    fields: dict[str, Any] = read_fields(bytes(body))
+    fields: dict[str, Any] = read_fields(await read_all(http, MAX_BODY_BYTES))
     if faults := {name: "is required" for name in names if name not in fields}:
         raise invalid(faults)
     if wrong := {name: each for name in names if not isinstance(each := fields[name], str)}:

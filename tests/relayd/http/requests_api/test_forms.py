@@ -13,6 +13,7 @@ from protocol.wire.structs import InputRule
 from relayd.http.app import make_app
 from relayd.http.requests_api.input_feed import feed_input
 from relayd.http.requests_api.routes import OneRequest
+from relayd.http.sessions import Session, password
 from tests.relayd.http.requests_api.answers import INPUTS, PCM, POST
 from tests.support.fake_worker import fake_worker, samples
 from tests.support.raw_http_client import File, form, visitor
@@ -179,8 +180,8 @@ def half_a_body(method: str, path: str) -> bytes:
     media_type, first = "application/json", "{"
     if "transcriptions" in path:
         media_type, first = "multipart/form-data; boundary=x", "-"
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {media_type}\r\nContent-Length: 50\r\n\r\n"
-    return (head + first).encode()
+    fields = f"Host: x\r\nSec-Fetch-Site: same-origin\r\nContent-Type: {media_type}\r\nContent-Length: 50"
+    return f"{method} {path} HTTP/1.1\r\n{fields}\r\n\r\n{first}".encode()
 
 
 @pytest.mark.trio
@@ -188,13 +189,16 @@ async def test_a_client_that_stops_in_the_middle_of_a_body_is_waited_for_on_no_r
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relayd.http.body_parser.BODY_STALL_S", 0.1)
-    async with daemon(tmp_path) as relay:
+    async with daemon(tmp_path, users={"enabled": True}) as relay:
         routes = [route for route in make_app(relay.http_context).routes if isinstance(route, Route)]
         taking = [(route, method) for route in routes for method in route.methods or () if method in ("POST", "PUT")]
         taking += [(route, "PUT") for route in routes if route.endpoint is OneRequest]
+        taking += [(route, "POST") for route in routes if route.endpoint is Session]
         assert len(taking) >= 3
         for route, method in taking:
             if route.endpoint is feed_input:  # its body lasts as long as the request
+                continue
+            if route.endpoint is password:  # who is not logged in is refused before a body is read
                 continue
             path = route.path.format(space="tts", request_id=an_id()) + "?space=tts"
             async with visitor(relay.url) as http:
