@@ -143,7 +143,7 @@ async def test_a_killed_worker_and_a_killed_relay_cost_no_sample(tmp_path: Path,
             await relay.ended()
             await window.until("document.getElementById('link').textContent === '✗ Not connected, reconnecting…'")
             assert await window.js("document.getElementById('form').disabled")
-            assert await window.words(".request .state") == "Not connected to the relay"
+            await window.until("document.querySelector('.request .state').innerText === 'Not connected to the relay'")
             async with a_relay(site, "--listen", site.url.removeprefix("http://").removesuffix("/")):
                 await window.until("document.getElementById('link').textContent === '✓ Connected as anna'")
                 await window.until_state("completed")
