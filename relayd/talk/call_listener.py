@@ -31,12 +31,12 @@ class CallListener:
         try:
             async with trio.open_nursery() as nursery:
                 place, principal = self.talk.session.place, self.talk.principal
-                self._microphone = Microphone(place, principal, nursery, self._tell, self.call)
+                self._microphone = Microphone(place, principal, nursery, self._report, self.call)
                 await self._microphone.listen(self._refuse)
         except Exception:
             log.exception("internal error in a call", request_id=self.call.request_id)
 
-    async def _tell(self, stretch: Stretch, heard: Heard | None) -> None:
+    async def _report(self, stretch: Stretch, heard: Heard | None) -> None:
         match heard:
             case SpeechBegan():
                 self.talk.interrupt("the user has begun to speak")

@@ -80,7 +80,7 @@ class Microphone:
 
     Args:
         nursery: in which it listens.
-        tell: told what is heard in a stretch, and None at the end of that.
+        report: called with what is heard in a stretch, and with None at the end of that.
         call: whose microphone it is; None if a client feeds it.
         listening: as the client has set it.
     """
@@ -88,7 +88,7 @@ class Microphone:
     place: Place
     principal: Principal
     nursery: trio.Nursery
-    tell: Callable[[Stretch, Heard | None], Awaitable[None]]
+    report: Callable[[Stretch, Heard | None], Awaitable[None]]
     call: Call | None = None
     listening: Listening = attrs.field(factory=Listening)
     #: The stretch that hears what comes now.
@@ -204,8 +204,8 @@ class Microphone:
             while (heard := await self._next(stretch)) is not None and not stretch.is_cleared:
                 if isinstance(heard, SpeechBegan | SpeechEnded):
                     stretch.is_speech, self._rest_s = isinstance(heard, SpeechBegan), 0.0
-                await self.tell(stretch, heard)
-            await self.tell(stretch, None)
+                await self.report(stretch, heard)
+            await self.report(stretch, None)
         finally:
             stretch.ear.close()
             self._samples += stretch.ear.fed_bytes // 2

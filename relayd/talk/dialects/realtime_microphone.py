@@ -126,8 +126,8 @@ class RealtimeMicrophone:
 
     # -- what is heard
 
-    async def tell(self, stretch: Stretch, heard: Heard | None) -> None:
-        """Tell what is heard in a stretch, and what has become of it at its end."""
+    async def report(self, stretch: Stretch, heard: Heard | None) -> None:
+        """Report what is heard in a stretch, and what has become of it at its end."""
         utterance = self._utterances.setdefault(stretch, _Utterance())
         with suppress(WebSocketDisconnect):  # whoever reads sees it, too
             if heard is not None:

@@ -97,7 +97,7 @@ class RealtimeSession:
         self.settings = settings_of(self.context, self.talks, {})
         if place.settings.transcribe if self.call is None else self.call.listens:
             microphone = RealtimeMicrophone(self.send, self.talk, self.items, made.interrupt, made.respond)
-            microphone.heard = Microphone(place, self.principal, self.nursery, microphone.tell, self.call)
+            microphone.heard = Microphone(place, self.principal, self.nursery, microphone.report, self.call)
             self.microphone = microphone
 
     async def serve(self) -> None:
