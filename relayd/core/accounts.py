@@ -170,6 +170,10 @@ class Accounts:
         if user is None:
             try:
                 check_name(name)
+                if self.tokens.knows(name):  # whoever chose this name at the proxy would have its requests
+                    raise ValueError(
+                        f"{name!r} is a token or a local login; `relayd user add {name}` lets the user be both"
+                    )
                 user = (added := self.users.add(name, "client", "", time.time(), is_new=True)).record
             except ValueError as fault:
                 why = f"user {name[:64]!r} was removed" if self.users.was_removed(name) else str(fault)

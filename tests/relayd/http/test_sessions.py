@@ -1,6 +1,8 @@
 """Users of the page: log in, register, change the password, log out; and what other sites and guessers try."""
 
 import json
+import os
+import pwd
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -510,6 +512,12 @@ async def test_a_trusted_proxy_names_the_user_and_nobody_else_can(tmp_path: Path
         assert (await browser.ask("POST", "/v1/spaces/tts/requests", {}, headers=evil)).status == 403
         for name in ("opal, opal", "<b>x</b>", "a b"):
             assert (await browser.ask("GET", "/v1/spaces", headers={"remote-user": name})).status == 403
+        relay.tokens.create(role="client", name="carl", now=0.0)
+        for name in ("carl", "Carl", pwd.getpwuid(os.getuid()).pw_name):  # whose requests somebody else would have
+            refused = await browser.ask("GET", "/v1/spaces", headers={"remote-user": name})
+            assert (refused.status, "`relayd user add" in refused.error["message"]) == (403, True)
+        await steer(relay, "create_user", "carl", role="client", password="")
+        assert (await browser.ask("GET", "/v1/spaces", headers={"remote-user": "carl"})).status == 200
         await steer(relay, "remove_user", "dora@example.org")
         refused = await browser.ask("GET", "/v1/spaces", headers={"remote-user": "dora@example.org"})
         assert (refused.status, "was removed" in refused.error["message"]) == (403, True)
